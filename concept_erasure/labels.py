@@ -1,0 +1,199 @@
+"""Turn what people call labels (strings, bools, class ids, one-hot, reals) into one of two forms."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from concept_erasure.errors import ErasureWarning, ShapeError
+
+__all__ = ["LabelKind", "Labels", "as_tensor", "encode_concepts", "encode_labels"]
+
+LabelKind = Literal["auto", "classes", "continuous"]
+MAX_CLASS_LIKE = 20  # floats with at most this many distinct whole values look like class ids
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Concept labels: class indices ``(n,)`` int64, or real columns ``(n, c)`` float64.
+
+    ``names`` holds the class names in index order (empty for real columns).
+    """
+
+    values: Tensor
+    names: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Number of concept columns c (classes count one each)."""
+        return len(self.names) if self.values.ndim == 1 else self.values.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def as_tensor(value: object, *, name: str = "x") -> Tensor:
+    """Return a tensor from a tensor, numpy array, pandas object or nested list.
+
+    Raises:
+        TypeError: If the value holds something other than numbers.
+    """
+    if isinstance(value, Tensor):
+        return value
+    array = cast("Any", value).to_numpy() if hasattr(value, "to_numpy") else value
+    try:
+        return torch.as_tensor(cast("Any", array))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor, array or table of numbers; got {type(value).__name__} ({error})"
+        ) from None
+
+
+def encode_labels(
+    z: object,
+    *,
+    n: int | None = None,
+    kind: LabelKind = "auto",
+    classes: Sequence[object] | None = None,
+    device: torch.device | str | None = None,
+) -> Labels:
+    """Encode concept labels.
+
+    One-dimensional bool, integer and string labels are classes; floats are real targets; two-dimensional
+    numbers are columns as they stand (one-hot, soft, multi-label, several targets).
+
+    Args:
+        z: Labels of shape ``(n,)`` or ``(n, c)``; tensor, array, pandas column or list.
+        n: Number of rows expected.
+        kind: ``"classes"`` or ``"continuous"`` overrides the rule above.
+        classes: The class values in the order wanted; default the sorted distinct values.
+        device: Where to put the result.
+
+    Raises:
+        ShapeError: If the number of labels is not ``n`` or z has more than two dimensions.
+        ValueError: If a label is missing, not finite or not among ``classes``.
+    """
+    if kind not in ("auto", "classes", "continuous"):
+        raise ValueError(f"kind must be 'auto', 'classes' or 'continuous'; got {kind!r}")
+    plain = cast("Any", z).to_numpy() if hasattr(z, "to_numpy") else z
+    texts = _as_texts(plain)
+    if texts is not None:
+        if kind == "continuous":
+            raise ValueError("labels are strings, so they cannot be kind='continuous'")
+        labels = _encode_texts(texts, classes)
+    else:
+        labels = _encode_numbers(as_tensor(plain, name="z"), kind, classes)
+    if n is not None and len(labels) != n:
+        raise ShapeError(f"x has {n} rows and z has {len(labels)} labels; they must be the same")
+    return Labels(labels.values.to(device), labels.names) if device is not None else labels
+
+
+def encode_concepts(
+    z: object,
+    *,
+    n: int | None = None,
+    kind: LabelKind = "auto",
+    classes: Sequence[object] | None = None,
+) -> Labels:
+    """Encode one concept, or several given as a mapping or a table with several columns.
+
+    Several concepts become one block of columns (classes one-hot), to be erased jointly. Other arguments and
+    errors are those of `encode_labels`.
+    """
+    columns: dict[str, object]
+    if isinstance(z, Mapping):
+        columns = {str(name): value for name, value in z.items()}
+    elif hasattr(z, "columns") and hasattr(z, "items"):
+        columns = {str(name): value for name, value in cast("Any", z).items()}
+    else:
+        return encode_labels(z, n=n, kind=kind, classes=classes)
+    if not columns:
+        raise ValueError("z holds no concept")
+    parts = [encode_labels(value, n=n, kind=kind) for value in columns.values()]
+    if len(parts) == 1:
+        return parts[0]
+    blocks = [
+        torch.nn.functional.one_hot(p.values, p.width).double() if p.values.ndim == 1 else p.values
+        for p in parts
+    ]
+    return Labels(torch.cat(blocks, 1))
+
+
+def _as_texts(z: object) -> list[str] | None:
+    """Return labels as strings if they are strings, else None."""
+    if isinstance(z, Tensor):
+        return None
+    flat = cast("Any", z).tolist() if hasattr(z, "tolist") else z
+    if not isinstance(flat, Sequence) or isinstance(flat, str) or not flat:
+        return None
+    if not any(isinstance(value, str) for value in flat):
+        return None
+    missing = [i for i, value in enumerate(flat) if not isinstance(value, str)]
+    if missing:
+        raise ValueError(
+            f"labels mix strings and other values: row {missing[0]} holds {flat[missing[0]]!r}; "
+            "drop or fill missing labels first"
+        )
+    return list(flat)
+
+
+def _encode_texts(texts: list[str], classes: Sequence[object] | None) -> Labels:
+    names = [str(c) for c in classes] if classes is not None else sorted(set(texts))
+    index = {name: i for i, name in enumerate(names)}
+    unknown = sorted({t for t in texts if t not in index})
+    if unknown:
+        raise ValueError(f"unknown labels {unknown[:5]}; the classes are {names}")
+    return Labels(torch.tensor([index[t] for t in texts], dtype=torch.int64), tuple(names))
+
+
+def _encode_numbers(z: Tensor, kind: LabelKind, classes: Sequence[object] | None) -> Labels:
+    if z.is_complex():
+        raise TypeError("complex labels are not supported; pass real columns")
+    if z.ndim == 2 and z.shape[1] == 1:
+        z = z[:, 0]
+    if z.ndim not in (1, 2):
+        raise ShapeError(f"z must have shape (n,) or (n, c); got {tuple(z.shape)}")
+    if z.is_floating_point() and not bool(torch.isfinite(z).all()):
+        bad = (~torch.isfinite(z)).reshape(len(z), -1).any(1).nonzero()[:, 0]
+        raise ValueError(
+            f"z has {len(bad)} rows that are not finite; the first is row {int(bad[0])}"
+        )
+    if z.ndim == 2:
+        if kind == "classes":
+            raise ShapeError(f"kind='classes' needs z of shape (n,); got {tuple(z.shape)}")
+        return Labels(z.to(torch.float64))
+    if kind == "continuous" or (kind == "auto" and z.is_floating_point()):
+        if kind == "auto":
+            _warn_if_class_like(z)
+        return Labels(z.to(torch.float64)[:, None])
+    return _encode_classes(z, classes)
+
+
+def _encode_classes(z: Tensor, classes: Sequence[object] | None) -> Labels:
+    if classes is None:
+        found, index = torch.unique(z, return_inverse=True)
+        return Labels(index, tuple(str(v) for v in found.tolist()))
+    known = torch.as_tensor(list(cast("Any", classes)), device=z.device).to(z.dtype)
+    match = z[:, None] == known[None, :]
+    if not bool(match.any(1).all()):
+        unknown = torch.unique(z[~match.any(1)]).tolist()[:5]
+        raise ValueError(f"unknown labels {unknown}; the classes are {known.tolist()}")
+    return Labels(match.int().argmax(1), tuple(str(c) for c in known.tolist()))
+
+
+def _warn_if_class_like(z: Tensor) -> None:
+    if len(z) == 0 or not bool((z == z.round()).all()):
+        return
+    distinct = len(torch.unique(z))
+    if 2 < distinct <= min(MAX_CLASS_LIKE, len(z) // 2):
+        warnings.warn(
+            f"z is floating point with {distinct} distinct whole values and is fitted as one real target; "
+            "if these are class ids pass z_kind='classes'",
+            ErasureWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,533 @@
+"""The mathematics the methods share: streaming moments, one low-rank affine map, metric solves.
+
+Row convention: representations are rows, ``x`` of shape ``(..., d)``; a map with matrix ``P`` sends
+``x`` to ``x P^T``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from concept_erasure.errors import NotFittedError, ShapeError
+
+__all__ = [
+    "LowRankAffine",
+    "MetricSolver",
+    "Moments",
+    "optimal_linear_shrinkage",
+    "statistics_dtype",
+]
+
+ROWS_PER_CHUNK = 8192  # bounds the float64 copy of a batch
+COLUMN_BLOCK = 256  # the Gram matrix is built from the blocks on and above its diagonal
+ONE_HOT_LIMIT = 64  # up to here class sums are one small product, above a scatter-add
+
+
+def statistics_dtype(device: torch.device | str | None) -> torch.dtype:
+    """Return float64, or float32 on devices that have no float64 (MPS)."""
+    kind = torch.device(device).type if device is not None else "cpu"
+    return torch.float32 if kind == "mps" else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankAffine:
+    """The map ``x - (x - center) right left^T``, i.e. ``P = I - left right^T`` about a centre.
+
+    Attributes:
+        left: Thin factor, shape ``(d, k)``.
+        right: Thin factor, shape ``(d, k)``.
+        center: Fixed point of the map, shape ``(d,)``; None is the origin.
+    """
+
+    left: Tensor
+    right: Tensor
+    center: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.left.ndim != 2 or self.left.shape != self.right.shape:
+            raise ShapeError(
+                f"left and right must both be (d, k); got {tuple(self.left.shape)} and {tuple(self.right.shape)}"
+            )
+        if self.center is not None and self.center.shape != (self.width,):
+            raise ShapeError(f"center must be ({self.width},); got {tuple(self.center.shape)}")
+
+    @property
+    def width(self) -> int:
+        """Width d of the space."""
+        return self.left.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns k of the thin factors."""
+        return self.left.shape[1]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dense ``P``, shape ``(d, d)``; for looking, never for applying."""
+        eye = torch.eye(self.width, dtype=self.left.dtype, device=self.left.device)
+        return eye - self.left @ self.right.T
+
+    @property
+    def offset(self) -> Tensor:
+        """The constant ``left right^T center`` of the affine map, shape ``(d,)``."""
+        if self.center is None:
+            return self.left.new_zeros(self.width)
+        return self.left @ (self.right.T @ self.center)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map rows ``x`` of shape ``(..., d)`` in O(n d k); computed in at least float32, dtype kept.
+
+        Raises:
+            ShapeError: If the last dimension is not d.
+            TypeError: If x is not floating point.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.width:
+            raise ShapeError(f"the map has width {self.width}; x has shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point; got {x.dtype}")
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        wide = x.to(dtype)
+        left, right = self.left.to(x.device, dtype), self.right.to(x.device, dtype)
+        delta = wide if self.center is None else wide - self.center.to(x.device, dtype)
+        return (wide - (delta @ right) @ left.T).to(x.dtype)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LowRankAffine:
+        """Return a copy on another device or in another dtype."""
+        center = None if self.center is None else self.center.to(device=device, dtype=dtype)
+        return LowRankAffine(
+            self.left.to(device=device, dtype=dtype),
+            self.right.to(device=device, dtype=dtype),
+            center,
+        )
+
+    def scale(self, strength: float) -> LowRankAffine:
+        """Return ``x - strength (x - center) right left^T``."""
+        return LowRankAffine(self.left * strength, self.right, self.center)
+
+    def compose(self, first: LowRankAffine) -> LowRankAffine:
+        """Return the map that applies ``first`` and then this one, of rank at most the sum.
+
+        Raises:
+            ShapeError: If the widths differ.
+            ValueError: If the two affine maps have no common form about one centre.
+        """
+        if first.width != self.width:
+            raise ShapeError(f"widths differ: {first.width} and {self.width}")
+        left = torch.cat([first.left - self.left @ (self.right.T @ first.left), self.left], 1)
+        right = torch.cat([first.right, self.right], 1)
+        if first.center is None and self.center is None:
+            return LowRankAffine(left, right)
+        target = self.offset + first.offset - self.left @ (self.right.T @ first.offset)
+        center = torch.linalg.pinv(left @ right.T) @ target
+        missed = (left @ (right.T @ center) - target).norm()
+        scale = target.norm() + torch.finfo(target.dtype).tiny
+        if float(missed / scale) > torch.finfo(target.dtype).eps ** 0.5:
+            raise ValueError(
+                "the composition has no fixed point; apply the two maps one after another"
+            )
+        return LowRankAffine(left, right, center)
+
+    def inverse(self) -> LowRankAffine:
+        """Return the inverse map (Woodbury: only a k x k solve).
+
+        Raises:
+            ValueError: If the map is singular, as every full erasure is.
+        """
+        core = torch.eye(self.rank, dtype=self.left.dtype, device=self.left.device)
+        core = core - self.right.T @ self.left
+        smallest = torch.linalg.svdvals(core).min() if self.rank else torch.ones(())
+        if float(smallest) < self.rank * torch.finfo(core.dtype).eps * 10:
+            raise ValueError("the map is singular: what it removed cannot be brought back")
+        return LowRankAffine(
+            -torch.linalg.solve(core, self.left, left=False), self.right, self.center
+        )
+
+    def is_projection(self, tol: float = 1e-8) -> bool:
+        """Say whether ``P P = P``, i.e. ``left (right^T left - I) right^T = 0``."""
+        core = self.right.T @ self.left
+        core = core - torch.eye(self.rank, dtype=core.dtype, device=core.device)
+        size = (self.left @ self.right.T).norm() + torch.finfo(core.dtype).tiny
+        return bool((self.left @ core @ self.right.T).norm() <= tol * size)
+
+    def fold_reading(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Fold into a linear layer that reads the space: ``W <- W P``, ``b <- b + W offset``.
+
+        Args:
+            weight: Shape ``(out, d)``.
+            bias: Shape ``(out,)`` or None; with a centre a bias is always returned.
+        """
+        if weight.shape[1] != self.width:
+            raise ShapeError(f"the map has width {self.width}; the layer reads {weight.shape[1]}")
+        folded = weight - (weight @ self.left) @ self.right.T
+        if self.center is None:
+            return folded, bias
+        shift = weight @ self.offset
+        return folded, shift if bias is None else bias + shift
+
+    def fold_writing(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Fold into a linear layer that writes the space: ``W <- P W``, ``b <- P b + offset``.
+
+        Args:
+            weight: Shape ``(d, in)``.
+            bias: Shape ``(d,)`` or None; with a centre a bias is always returned.
+        """
+        if weight.shape[0] != self.width:
+            raise ShapeError(f"the map has width {self.width}; the layer writes {weight.shape[0]}")
+        folded = weight - self.left @ (self.right.T @ weight)
+        moved = None if bias is None else bias - self.left @ (self.right.T @ bias)
+        if self.center is None:
+            return folded, moved
+        return folded, self.offset if moved is None else moved + self.offset
+
+    def lora(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``(B, A)`` with ``W P = W + B A`` exactly (linear part), shapes ``(out, k)``, ``(k, d)``."""
+        return -(weight @ self.left), self.right.T.contiguous()
+
+    def __repr__(self) -> str:
+        about = "origin" if self.center is None else "centre"
+        return f"LowRankAffine(width={self.width}, rank={self.rank}, about={about})"
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return ``x^T x``, computing only the blocks on and above the diagonal."""
+    d = x.shape[1]
+    out = x.new_empty(d, d)
+    for start in range(0, d, COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, d)
+        block = x[:, start:stop].T @ x[:, start:]
+        out[start:stop, start:] = block
+        out[start:, start:stop] = block.T
+    return out
+
+
+class Moments:
+    """Streaming mean and covariance of ``(x, z)``, centred batch by batch and merged pairwise.
+
+    The state is float64 (float32 where a device has no float64), so a feature offset of 1e4 costs nothing.
+    The merge is associative: batches, shards and ranks give the same result in any order.
+
+    Args:
+        width: Width d of x.
+        concepts: Number of concept columns c, or of classes when z comes as class indices.
+        covariance: Keep the d x d covariance of x; O(n d^2) time, O(d^2) memory.
+        device: Where the state lives; None is the device of the first batch.
+        dtype: Dtype of the state.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        concepts: int,
+        *,
+        covariance: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if width < 1 or concepts < 1:
+            raise ValueError(f"width and concepts must be at least 1; got {width} and {concepts}")
+        self.width, self.concepts, self.covariance = width, concepts, covariance
+        self.rows = 0
+        dtype = dtype or statistics_dtype(device)
+        self.count = torch.zeros((), dtype=dtype, device=device)
+        self._mean_x = torch.zeros(width, dtype=dtype, device=device)
+        self._mean_z = torch.zeros(concepts, dtype=dtype, device=device)
+        self._s_xx = torch.zeros(width, width, dtype=dtype, device=device) if covariance else None
+        self._s_xz = torch.zeros(width, concepts, dtype=dtype, device=device)
+        self._s_zz = torch.zeros(concepts, concepts, dtype=dtype, device=device)
+
+    def update(
+        self, x: Tensor, z: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None
+    ) -> Self:
+        """Add a batch; nothing of it is kept if any of it is refused.
+
+        Args:
+            x: Representations ``(..., d)``, any floating dtype.
+            z: Class indices ``(...)`` int64, or columns ``(..., c)``.
+            mask: Rows to use, shape ``(...)``, e.g. an attention mask.
+            weight: Non-negative row weights, shape ``(...)``.
+
+        Raises:
+            ShapeError: If shapes disagree.
+            ValueError: If x, z or weight hold values that are not finite, or a class index is out of range.
+        """
+        x, z, weight = self._flatten(x, z, mask, weight)
+        batch = self._empty()
+        for i in range(0, len(x), ROWS_PER_CHUNK):
+            stop = i + ROWS_PER_CHUNK
+            rows = None if weight is None else weight[i:stop]
+            batch.merge(self._batch(x[i:stop], z[i:stop], rows, i))
+        return self.merge(batch)
+
+    def _empty(self) -> Moments:
+        return Moments(
+            self.width,
+            self.concepts,
+            covariance=self.covariance,
+            device=self.count.device,
+            dtype=self.count.dtype,
+        )
+
+    def _flatten(
+        self, x: Tensor, z: Tensor, mask: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if x.ndim < 1 or x.shape[-1] != self.width:
+            raise ShapeError(f"x must have width {self.width}; got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point; got {x.dtype}")
+        lead = x.shape[:-1]
+        classes = not z.is_floating_point() and z.shape == lead
+        if not classes and z.shape != (*lead, self.concepts):
+            raise ShapeError(
+                f"for x of shape {tuple(x.shape)} z must be class indices {tuple(lead)} or columns "
+                f"{(*lead, self.concepts)}; got {tuple(z.shape)} {z.dtype}"
+            )
+        for name, value in (("mask", mask), ("weight", weight)):
+            if value is not None and value.shape != lead:
+                raise ShapeError(f"{name} must have shape {tuple(lead)}; got {tuple(value.shape)}")
+        device = self.count.device
+        x = x.detach().reshape(-1, self.width).to(device)
+        z = z.detach().reshape(len(x), *([] if classes else [self.concepts])).to(device)
+        weight = (
+            None if weight is None else weight.detach().reshape(-1).to(device, self.count.dtype)
+        )
+        if mask is not None:
+            keep = mask.reshape(-1).to(device, torch.bool)
+            x, z = x[keep], z[keep]
+            weight = None if weight is None else weight[keep]
+        if weight is not None and not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+            raise ValueError("weights must be finite and not negative")
+        if classes and len(z) and not bool(((z >= 0) & (z < self.concepts)).all()):
+            raise ValueError(
+                f"class indices must be 0..{self.concepts - 1}; got {int(z.min())}..{int(z.max())}"
+            )
+        return x, z, weight
+
+    def _batch(self, x: Tensor, z: Tensor, weight: Tensor | None, first_row: int) -> Moments:
+        """Return the moments of one chunk, centred on its own mean."""
+        out = self._empty()
+        if len(x) == 0:
+            return out
+        wide = x.to(self.count.dtype, copy=True)
+        total = wide.new_tensor(float(len(x))) if weight is None else weight.sum()
+        if weight is not None and float(total) == 0:
+            return out
+        mean = wide.mean(0) if weight is None else weight @ wide / total
+        if not bool(torch.isfinite(mean).all()):
+            bad = (~torch.isfinite(wide)).any(1).nonzero()[:, 0]
+            if len(bad):
+                raise ValueError(
+                    f"x has {len(bad)} rows that are not finite; the first is row {first_row + int(bad[0])}"
+                )
+            raise ValueError("the mean of x overflows; rescale x")
+        wide -= mean
+        out.rows, out.count, out._mean_x = len(x), total, mean
+        out._mean_z, out._s_xz, out._s_zz = self._cross(wide, z, weight, total)
+        if out._s_xx is not None:
+            out._s_xx = _gram(wide if weight is None else wide * weight.sqrt()[:, None])
+        return out
+
+    def _cross(
+        self, centred: Tensor, z: Tensor, weight: Tensor | None, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mean of z, the sum of x z^T and of z z^T, all centred."""
+        weighted = centred if weight is None else centred * weight[:, None]
+        if z.ndim == 1 and self.concepts > ONE_HOT_LIMIT:
+            ones = torch.ones_like(centred[:, 0]) if weight is None else weight
+            counts = centred.new_zeros(self.concepts).index_add_(0, z, ones)
+            sums = centred.new_zeros(self.concepts, self.width).index_add_(0, z, weighted)
+            mean = counts / total
+            return mean, sums.T, torch.diag(counts) - torch.outer(counts, mean)
+        if z.ndim == 1:
+            z = torch.nn.functional.one_hot(z, self.concepts)
+        wide = z.to(centred.dtype)
+        mean = wide.mean(0) if weight is None else weight @ wide / total
+        if not bool(torch.isfinite(mean).all()):
+            raise ValueError("z holds values that are not finite")
+        wide = wide - mean
+        scaled = wide if weight is None else wide * weight[:, None]
+        return mean, weighted.T @ wide, scaled.T @ wide
+
+    def merge(self, other: Moments) -> Self:
+        """Add the moments of other rows (Chan et al.'s pairwise update).
+
+        Raises:
+            ShapeError: If widths, concepts or what is tracked disagree.
+        """
+        same = (self.width, self.concepts, self.covariance)
+        if (other.width, other.concepts, other.covariance) != same:
+            raise ShapeError(f"cannot merge {other!r} into {self!r}")
+        total = self.count + other.count
+        if other.rows == 0 or float(total) == 0:
+            self.rows += other.rows
+            return self
+        share = other.count / total
+        scale = self.count * share
+        delta_x, delta_z = other._mean_x - self._mean_x, other._mean_z - self._mean_z
+        if self._s_xx is not None and other._s_xx is not None:
+            self._s_xx.add_(other._s_xx)
+            if self.rows:
+                self._s_xx.addr_(delta_x * scale, delta_x)
+        self._s_xz = self._s_xz + other._s_xz + torch.outer(delta_x * scale, delta_z)
+        self._s_zz = self._s_zz + other._s_zz + torch.outer(delta_z * scale, delta_z)
+        self._mean_x = self._mean_x + delta_x * share
+        self._mean_z = self._mean_z + delta_z * share
+        self.count, self.rows = total, self.rows + other.rows
+        return self
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Replace the state by that of all ranks together; the large matrices move in one all-reduce.
+
+        Every rank first learns the common mean (a small gather), so that no precision is lost to offsets.
+        """
+        small = torch.cat([self.count[None], self._mean_x, self._mean_z])
+        gathered = [torch.empty_like(small) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, small, group=group)
+        table = torch.stack(gathered)
+        total = table[:, 0].sum()
+        mean = (table[:, :1] * table[:, 1:]).sum(0) / total.clamp_min(1)
+        mean_x, mean_z = mean[: self.width], mean[self.width :]
+        delta_x, delta_z = self._mean_x - mean_x, self._mean_z - mean_z
+        blocks = [
+            self._s_xz + torch.outer(delta_x * self.count, delta_z),
+            self._s_zz + torch.outer(delta_z * self.count, delta_z),
+        ]
+        if self._s_xx is not None:
+            blocks.append(self._s_xx + torch.outer(delta_x * self.count, delta_x))
+        flat = torch.cat([*(b.reshape(-1) for b in blocks), self.count.new_tensor([self.rows])])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([b.numel() for b in blocks] + [1])
+        self._s_xz, self._s_zz = parts[0].view_as(self._s_xz), parts[1].view_as(self._s_zz)
+        if self._s_xx is not None:
+            self._s_xx = parts[2].view_as(self._s_xx)
+        self._mean_x, self._mean_z, self.count = mean_x, mean_z, total
+        self.rows = round(float(parts[-1]))
+        return self
+
+    def _divided(self, value: Tensor | None, what: str) -> Tensor:
+        if value is None:
+            raise NotFittedError(f"{what} is not tracked (covariance=False)")
+        if float(self.count) <= 0:
+            raise NotFittedError(f"{what} needs data; call update(x, z) first")
+        return value / self.count
+
+    @property
+    def n(self) -> float:
+        """Total weight seen (the number of rows when no weights were given)."""
+        return float(self.count)
+
+    @property
+    def mean_x(self) -> Tensor:
+        """Mean of x, shape ``(d,)``."""
+        return self._mean_x
+
+    @property
+    def mean_z(self) -> Tensor:
+        """Mean of z, shape ``(c,)``; class shares when z came as class indices."""
+        return self._mean_z
+
+    @property
+    def sigma_xx(self) -> Tensor:
+        """Covariance of x, shape ``(d, d)``, divided by n."""
+        return self._divided(self._s_xx, "sigma_xx")
+
+    @property
+    def sigma_xz(self) -> Tensor:
+        """Cross-covariance, shape ``(d, c)``, divided by n."""
+        return self._divided(self._s_xz, "sigma_xz")
+
+    @property
+    def sigma_zz(self) -> Tensor:
+        """Covariance of z, shape ``(c, c)``, divided by n."""
+        return self._divided(self._s_zz, "sigma_zz")
+
+    def __repr__(self) -> str:
+        return (
+            f"Moments(width={self.width}, concepts={self.concepts}, rows={self.rows}, "
+            f"covariance={self.covariance})"
+        )
+
+
+def optimal_linear_shrinkage(
+    S_n: Tensor,
+    n: int | float | Tensor,
+    *,
+    inplace: bool = False,  # noqa: N803 the paper's symbol
+) -> Tensor:
+    """Shrink sample covariances towards a multiple of the identity, ``alpha S + beta tr(S)/d I``.
+
+    Bodnar, Gupta and Parolya 2014 (arXiv:1308.2608), with ``alpha`` clipped to [0, 1]: for nearly isotropic
+    data with n about d the formula is often negative, which would leave an indefinite matrix.
+
+    Args:
+        S_n: Covariances, shape ``(..., d, d)``.
+        n: Sample size, a number or a tensor that broadcasts against ``(..., 1, 1)``.
+        inplace: Overwrite ``S_n``.
+
+    Raises:
+        ShapeError: If the matrices are not square.
+    """
+    d = S_n.shape[-1]
+    if S_n.ndim < 2 or S_n.shape[-2] != d:
+        raise ShapeError(f"covariances must be (..., d, d); got {tuple(S_n.shape)}")
+    trace = S_n.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    target = trace**2 / d  # squared Frobenius norm of tr(S)/d I, and tr(S Sigma0)
+    spread = S_n.square().sum((-2, -1), keepdim=True) * target - target**2
+    tiny = torch.finfo(S_n.dtype).tiny
+    alpha = (1 - (trace**2 * target / n) / spread.clamp_min(tiny)).clamp(0, 1)
+    out = S_n.mul_(alpha) if inplace else S_n * alpha
+    out.diagonal(dim1=-2, dim2=-1).add_(((1 - alpha) * trace / d)[..., 0])
+    return out
+
+
+class MetricSolver:
+    """Solve ``sigma^+ b`` for one symmetric PSD matrix, many right-hand sides.
+
+    Coordinates are first scaled to unit variance. Cholesky when the matrix is well conditioned, otherwise
+    ``eigh`` with the cut of a pseudo-inverse, so constant or duplicated features and d > n need no care.
+
+    Args:
+        sigma: Shape ``(d, d)``.
+    """
+
+    def __init__(self, sigma: Tensor) -> None:
+        variance = sigma.diagonal().clamp_min(0)
+        self._scale = torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
+        scaled = sigma * self._scale[:, None] * self._scale
+        scaled.diagonal().add_(
+            (variance <= 0).to(sigma.dtype)
+        )  # constant features: scale is 0 anyway
+        eps = torch.finfo(sigma.dtype).eps
+        factor, failed = torch.linalg.cholesky_ex(scaled)
+        pivots = factor.diagonal().square()
+        self.condition = float(pivots.max() / pivots.min().clamp_min(torch.finfo(sigma.dtype).tiny))
+        self.well_conditioned = not bool(failed) and self.condition < eps**-0.75
+        if self.well_conditioned:
+            self._factor = factor
+            return
+        values, vectors = torch.linalg.eigh(scaled)
+        keep = values > values[-1] * len(values) * eps
+        self.condition = float(values[-1] / values[keep].min()) if bool(keep.any()) else 1.0
+        self._values, self._vectors = values[keep], vectors[:, keep]
+
+    def whiten(self, b: Tensor) -> Tensor:
+        """Return ``w`` with ``w^T w = b^T sigma^+ b``, of shape ``(at most d, m)``."""
+        scaled = b * self._scale[:, None]
+        if self.well_conditioned:
+            return torch.linalg.solve_triangular(self._factor, scaled, upper=False)
+        return (self._vectors.T @ scaled) / self._values.sqrt()[:, None]
+
+    def __call__(self, b: Tensor) -> Tensor:
+        """Return ``sigma^+ b`` for ``b`` of shape ``(d, m)``."""
+        scaled = b * self._scale[:, None]
+        if self.well_conditioned:
+            solved = torch.cholesky_solve(scaled, self._factor)
+        else:
+            solved = self._vectors @ ((self._vectors.T @ scaled) / self._values[:, None])
+        return solved * self._scale[:, None]

@@ -1,0 +1,1 @@
+"""Linear subspace erasure: maps on vectors that leave no linear trace of a concept."""

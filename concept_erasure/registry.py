@@ -1,0 +1,142 @@
+"""The table of methods: what each is called, where it lives and what it guarantees."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from concept_erasure.eraser import Eraser
+
+__all__ = ["ENTRY_POINT_GROUP", "GUARANTEES", "METHODS", "Method", "get", "load", "names"]
+
+ENTRY_POINT_GROUP = "concept_erasure.methods"
+
+GUARANTEES = {
+    "guarded": "no affine predictor of the concept beats the constant one on the fit data",
+    "idempotent": "applying twice equals applying once",
+    "orthogonal": "the projection is symmetric",
+    "mean_preserving": "the mean of the fit data does not move",
+    "least_damage": "no guarding affine map makes a smaller edit on the fit data",
+    "needs_labels": "labels are needed when erasing, so it cannot be put into a model",
+    "quadratic": "class covariances become equal too, so quadratic probes learn nothing",
+    "task_preserving": "the covariance with the task labels is kept",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A registry entry.
+
+    Attributes:
+        name: Lower-case name, used in files and on the command line.
+        family: ``linear``, ``sae``, ``language`` or ``diffusion``.
+        target: ``"module:Class"``, imported only when asked for.
+        guarantees: Keys of `GUARANTEES`; the battery checks each.
+        summary: One sentence.
+        paper: Authors, year, arXiv number.
+        options: Keyword arguments of ``fit`` that select this entry's variant.
+    """
+
+    name: str
+    family: str
+    target: str
+    guarantees: frozenset[str]
+    summary: str
+    paper: str
+    options: dict[str, str] = field(default_factory=dict)
+
+    def load(self) -> type[Eraser]:
+        """Import and return the eraser class."""
+        module, _, attribute = self.target.partition(":")
+        return cast("type[Eraser]", getattr(importlib.import_module(module), attribute))
+
+
+_LEACE = "concept_erasure.linear.leace:LeaceEraser"
+
+METHODS: dict[str, Method] = {
+    entry.name: entry
+    for entry in (
+        Method(
+            name="leace",
+            family="linear",
+            target=_LEACE,
+            guarantees=frozenset({"guarded", "idempotent", "mean_preserving", "least_damage"}),
+            summary="Remove all linear information about the concept with the smallest edit.",
+            paper="Belrose et al. 2023, arXiv:2306.03819",
+        ),
+        Method(
+            name="orth",
+            family="linear",
+            target=_LEACE,
+            guarantees=frozenset({"guarded", "idempotent", "orthogonal", "mean_preserving"}),
+            summary="Project orthogonally off the column space of the cross-covariance.",
+            paper="Shao, Ziser and Cohen 2023, arXiv:2203.07893 (full rank, with a bias)",
+            options={"method": "orth"},
+        ),
+        Method(
+            name="oracle",
+            family="linear",
+            target="concept_erasure.linear.oracle:OracleEraser",
+            guarantees=frozenset({"guarded", "mean_preserving", "needs_labels"}),
+            summary="Subtract what the labels explain linearly; needs the labels at use.",
+            paper="Belrose et al. 2023, arXiv:2306.03819",
+        ),
+        Method(
+            name="quadratic",
+            family="linear",
+            target="concept_erasure.linear.quadratic:QuadraticEraser",
+            guarantees=frozenset({"guarded", "quadratic", "mean_preserving", "needs_labels"}),
+            summary="Transport every class to their common barycentre; needs the labels at use.",
+            paper="Belrose et al. 2023 (reference library); Gaussian optimal transport",
+        ),
+        Method(
+            name="splince",
+            family="linear",
+            target="concept_erasure.linear.splince:SplinceEraser",
+            guarantees=frozenset({"guarded", "idempotent", "mean_preserving", "task_preserving"}),
+            summary="Guard the concept and keep the covariance with a task.",
+            paper="Holstege, Ravfogel and Wouters 2025",
+        ),
+    )
+}
+
+
+def _plugins() -> dict[str, Method]:
+    found: dict[str, Method] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        entry = point.load()
+        if not isinstance(entry, Method):
+            raise TypeError(
+                f"entry point {point.name!r} must give a Method; got {type(entry).__name__}"
+            )
+        if entry.name in METHODS or entry.name in found:
+            raise ValueError(
+                f"the method name {entry.name!r} is taken; choose another in {point.value}"
+            )
+        found[entry.name] = entry
+    return found
+
+
+def names() -> list[str]:
+    """Return the names of all methods, plug-ins included."""
+    return sorted({*METHODS, *_plugins()})
+
+
+def get(name: str) -> Method:
+    """Return a registry entry.
+
+    Raises:
+        KeyError: If there is none; the message lists the names.
+    """
+    entry = METHODS.get(name) or _plugins().get(name)
+    if entry is None:
+        raise KeyError(f"no method {name!r}; there are {', '.join(names())}")
+    return entry
+
+
+def load(name: str) -> type[Eraser]:
+    """Import and return the eraser class of a method."""
+    return get(name).load()

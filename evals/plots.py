@@ -1,0 +1,177 @@
+"""Pictures of an erasure: a plane before and after, and what probes read layer by layer.
+
+Written straight to files by matplotlib's Agg backend; no window, no global state.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from concept_erasure.errors import ShapeError, missing_extra
+from concept_erasure.report import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["concept_plane", "plot_accuracy", "plot_planes"]
+
+_COLORS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure that is not known to pyplot."""
+    try:
+        backend = importlib.import_module("matplotlib.backends.backend_agg")
+        figure = importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise missing_extra("matplotlib", "plots") from error
+    made: Figure = figure.Figure(figsize=(width, height), layout="constrained")
+    backend.FigureCanvasAgg(made)
+    return made
+
+
+def concept_plane(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the plane in which two classes lie furthest apart, to look at vectors before and after.
+
+    The first axis is the difference of the class means, whitened with a little ridge (Fisher's direction); the second
+    is the direction of largest variance orthogonal to it.
+
+    Args:
+        x: Vectors, shape ``[n, d]``.
+        z: Labels 0 and 1, shape ``[n]``; both must occur.
+
+    Returns:
+        ``(origin, axes)`` of shapes ``[d]`` and ``[d, 2]``, orthonormal, float64.
+
+    Raises:
+        ShapeError: If the lengths differ.
+        ValueError: If a class is empty.
+    """
+    if x.ndim != 2 or z.shape != x.shape[:1]:
+        raise ShapeError(f"x must be [n, d] and z [n], got {tuple(x.shape)} and {tuple(z.shape)}")
+    x = x.double()
+    one = z.to(x.device).bool()
+    if not (one.any() and (~one).any()):
+        raise ValueError("z must hold both classes 0 and 1; one of them is absent")
+    origin = x.mean(0)
+    centred = x - origin
+    covariance = centred.T @ centred / len(x)
+    ridge = 1e-2 * covariance.diagonal().mean()
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    difference = x[one].mean(0) - x[~one].mean(0)
+    first = torch.linalg.solve(covariance + ridge * eye, difference)
+    first = first / first.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    rest = centred - (centred @ first)[:, None] * first
+    second = torch.linalg.svd(rest, full_matrices=False).Vh[0]
+    return origin, torch.stack([first, second], dim=1)
+
+
+def plot_planes(
+    before: Tensor,
+    after: Tensor,
+    z: Tensor,
+    path: str | Path,
+    *,
+    names: Sequence[str] = ("0", "1"),
+    title: str = "",
+    plane: tuple[Tensor, Tensor] | None = None,
+) -> Path:
+    """Draw vectors before and after in the same plane.
+
+    Args:
+        before: Vectors, shape ``[n, d]``.
+        after: The same vectors after erasure, shape ``[n, d]``.
+        z: Labels 0 and 1, shape ``[n]``.
+        path: Where the picture goes; the ending says the format.
+        names: What the two labels mean.
+        title: Heading.
+        plane: Origin and axes as :func:`concept_plane` gives them; default: the plane of ``before``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ShapeError: If the shapes differ.
+    """
+    if before.shape != after.shape:
+        raise ShapeError(
+            f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}"
+        )
+    origin, axes = plane if plane is not None else concept_plane(before, z)
+    figure = _figure(9.0, 4.2)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for panel, vectors, label in zip(panels, (before, after), ("before", "after"), strict=True):
+        flat = ((vectors.double() - origin) @ axes).cpu()
+        for value, name in enumerate(names):
+            rows = flat[z.cpu() == value].numpy()
+            panel.scatter(rows[:, 0], rows[:, 1], s=9, alpha=0.6, color=_COLORS[value], label=name)
+        panel.set_title(label)
+        panel.set_xlabel("direction that separated the classes before")
+    panels[0].set_ylabel("largest other variance")
+    panels[0].legend(frameon=False)
+    figure.suptitle(title)
+    return _write(figure, path)
+
+
+def plot_accuracy(
+    series: Mapping[str, Sequence[Interval]],
+    ticks: Sequence[str],
+    path: str | Path,
+    *,
+    chance: float = 0.5,
+    title: str = "",
+) -> Path:
+    """Draw probe accuracy with its intervals, site by site.
+
+    Names that end in "after" are drawn dashed, in the colour of the series before them.
+
+    Args:
+        series: Name to one interval a site.
+        ticks: Names of the sites.
+        path: Where the picture goes; the ending says the format.
+        chance: Accuracy of the constant probe, a grey line.
+        title: Heading.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ShapeError: If a series is not as long as ``ticks``.
+    """
+    for name, values in series.items():
+        if len(values) != len(ticks):
+            raise ShapeError(f"series {name!r} has {len(values)} values for {len(ticks)} sites")
+    figure = _figure(7.5, 4.2)
+    panel = figure.subplots()
+    places = list(range(len(ticks)))
+    kinds = list(dict.fromkeys(name.split(",")[0] for name in series))
+    for name, values in series.items():
+        mean = [item.value for item in values]
+        color = _COLORS[kinds.index(name.split(",")[0]) % len(_COLORS)]
+        style = "--" if name.endswith("after") else "-"
+        panel.plot(places, mean, style, marker="o", color=color, label=name)
+        panel.fill_between(
+            places, [v.low for v in values], [v.high for v in values], color=color, alpha=0.12
+        )
+    panel.axhline(chance, color="grey", linewidth=1, linestyle=":", label="constant probe")
+    panel.set_xticks(places, ticks)
+    panel.set_ylim(min(0.35, chance - 0.1), 1.02)
+    panel.set_ylabel("accuracy on unseen texts")
+    panel.set_title(title)
+    panel.legend(frameon=False, fontsize="small")
+    return _write(figure, path)
+
+
+def _write(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
+    return path

@@ -1,0 +1,202 @@
+"""Minimise smooth convex functions: L-BFGS, and coordinates in which it needs few steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from concept_erasure.errors import ErasureWarning
+
+__all__ = [
+    "Coordinates",
+    "Objective",
+    "Solution",
+    "check_penalty",
+    "coordinates",
+    "minimise",
+    "warn_unless_converged",
+]
+
+Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+_ARMIJO = 1e-4
+_CURVATURE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """A change of variables ``w = basis @ v`` in which the curvature is about one.
+
+    Attributes:
+        u: The data in the new coordinates, ``(x - mean) @ basis``, shape ``[n, r]``.
+        mean: Mean of the data, shape ``[d]``.
+        basis: Orthogonal columns, shape ``[d, r]`` with ``r = min(n, d)``.
+        penalty: What ``ridge * |w|^2`` becomes: ``sum(penalty * v^2)``, shape ``[r]``.
+    """
+
+    u: Tensor
+    mean: Tensor
+    basis: Tensor
+    penalty: Tensor
+
+    def original(self, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Return coefficients ``[k, d]`` and intercepts ``[k]`` for the data as it was given."""
+        coef = v @ self.basis.T
+        return coef, bias - coef @ self.mean
+
+
+def coordinates(x: Tensor, *, ridge: float, curvature: float) -> Coordinates:
+    """Centre the data and rotate and scale it so that L-BFGS converges fast.
+
+    The objective is ``mean(loss(x @ w)) + ridge / 2 * |w|^2`` with ``loss'' <= curvature``: its
+    Hessian is at most ``curvature * covariance + ridge``, which the new coordinates turn into the
+    identity. The minimum is the same one. O(n d min(n, d)) time, O(n d) memory.
+
+    Args:
+        x: Data, shape ``[n, d]``.
+        ridge: Weight of the squared norm, positive.
+        curvature: Bound of the second derivative of the loss.
+
+    Returns:
+        The data in the new coordinates and the way back.
+    """
+    n, d = x.shape
+    mean = x.mean(dim=0)
+    centred = x - mean
+    if n >= d:
+        values, vectors = torch.linalg.eigh(centred.T @ centred / n)
+    else:
+        _, singular, rows = torch.linalg.svd(centred, full_matrices=False)
+        values, vectors = singular.square() / n, rows.T
+    hessian = curvature * values.clamp(min=0) + ridge
+    basis = vectors / hessian.sqrt()
+    return Coordinates(u=centred @ basis, mean=mean, basis=basis, penalty=ridge / hessian)
+
+
+def check_penalty(penalty: float, tol: float, max_iter: int) -> None:
+    """Refuse a configuration no solver can run.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+    if not (penalty > 0 and math.isfinite(penalty)):
+        raise ValueError(
+            f"C must be positive and finite, got {penalty}; for almost no penalty use 1e6"
+        )
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol}")
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}")
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """Where L-BFGS stopped.
+
+    Attributes:
+        point: The minimum, shape of the start.
+        gradient: Largest absolute entry of the gradient there.
+        iterations: Steps taken.
+        converged: Whether ``gradient <= tol``.
+    """
+
+    point: Tensor
+    gradient: float
+    iterations: int
+    converged: bool
+
+
+def minimise(
+    objective: Objective, start: Tensor, *, tol: float, max_iter: int, memory: int = 20
+) -> Solution:
+    """Minimise a smooth function by L-BFGS with a weak Wolfe line search.
+
+    Args:
+        objective: Maps a point, shape ``[p]``, to its value and gradient.
+        start: First point, shape ``[p]``.
+        tol: Stop when no entry of the gradient exceeds this. Values below what the dtype resolves
+            are raised to 20 machine epsilons.
+        max_iter: Most steps.
+        memory: Pairs kept; O(memory p) memory.
+
+    Returns:
+        The last point and how good it is.
+    """
+    tol = max(tol, 20 * torch.finfo(start.dtype).eps)
+    point = start
+    value, gradient = objective(point)
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    steps = 0
+    while steps < max_iter and float(gradient.abs().max()) > tol:
+        direction = -_inverse_hessian_times(gradient, pairs)
+        found = _line_search(objective, point, value, gradient, direction)
+        if found is None:
+            if not pairs:
+                break
+            pairs = []  # start again from steepest descent
+            continue
+        new_point, value, new_gradient = found
+        s, y = new_point - point, new_gradient - gradient
+        if float(s @ y) > 0:
+            pairs = [*pairs[-(memory - 1) :], (s, y, s @ y)]
+        point, gradient = new_point, new_gradient
+        steps += 1
+    largest = float(gradient.abs().max())
+    return Solution(point, largest, steps, largest <= tol)
+
+
+def _inverse_hessian_times(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    result = gradient
+    weights = []
+    for s, y, product in reversed(pairs):
+        weight = (s @ result) / product
+        result = result - weight * y
+        weights.append(weight)
+    if pairs:
+        _, y, product = pairs[-1]
+        result = result * (product / (y @ y))
+    for (s, y, product), weight in zip(pairs, reversed(weights), strict=True):
+        result = result + (weight - (y @ result) / product) * s
+    return result
+
+
+def _line_search(
+    objective: Objective, point: Tensor, value: Tensor, gradient: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Find a weak Wolfe point by bisection; None if there is none within the precision."""
+    slope = float(gradient @ direction)
+    start = float(value)
+    # Near the minimum the decrease drowns in rounding, the slope does not (Hager and Zhang 2005).
+    slack = 10 * torch.finfo(point.dtype).eps * abs(start)
+    low, high, step = 0.0, math.inf, 1.0
+    for _ in range(50):
+        new_point = point + step * direction
+        new_value, new_gradient = objective(new_point)
+        new_slope = float(new_gradient @ direction)
+        decrease = float(new_value) <= start + _ARMIJO * step * slope
+        flat = float(new_value) <= start + slack and new_slope <= (2 * _ARMIJO - 1) * slope
+        if not (decrease or flat):
+            high = step
+        elif new_slope < _CURVATURE * slope:
+            low = step
+        else:
+            return new_point, new_value, new_gradient
+        step = 2 * low if math.isinf(high) else (low + high) / 2
+    return None
+
+
+def warn_unless_converged(solution: Solution, *, probe: str, tol: float) -> None:
+    """Say so when the solver ran out of steps, because the probe then reads too little."""
+    if not solution.converged:
+        warnings.warn(
+            f"the {probe} probe stopped after {solution.iterations} steps with a gradient of "
+            f"{solution.gradient:.1e}, above the tolerance {tol:.1e}; "
+            "raise max_iter or tol, or lower C",
+            ErasureWarning,
+            stacklevel=3,
+        )

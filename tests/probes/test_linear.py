@@ -1,0 +1,168 @@
+"""Logistic probe: scikit-learn is the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch import Tensor
+
+from concept_erasure.errors import ConceptErasureError, ErasureWarning, ShapeError
+from concept_erasure.probes import LinearProbe
+
+
+def data(n: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, k, generator=generator, dtype=torch.float64)
+    return x, (2 * x[:, :k] + 2 * noise).argmax(dim=1)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("n", "d", "k"), [(300, 6, 2), (300, 6, 4), (40, 60, 2), (60, 90, 3)])
+def test_agrees_with_sklearn(n: int, d: int, k: int, penalty: float) -> None:
+    x, z = data(n, d, k)
+    ours = LinearProbe(C=penalty).fit(x, z)
+    theirs = LogisticRegression(C=penalty, tol=1e-10, max_iter=20000).fit(x.numpy(), z.numpy())
+    np.testing.assert_allclose(ours.coef.numpy(), theirs.coef_, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(ours.intercept.numpy(), theirs.intercept_, atol=1e-4, rtol=1e-4)
+    expected = log_loss(z.numpy(), theirs.predict_proba(x.numpy()))
+    assert abs(ours.log_loss(x, z) - expected) < 1e-4
+    assert ours.accuracy(x, z) == pytest.approx(theirs.score(x.numpy(), z.numpy()))
+    assert ours.gradient <= 1e-8
+
+
+def test_badly_scaled_and_shifted_columns() -> None:
+    x, z = data(400, 5, 2)
+    scale = torch.tensor([1e-3, 1.0, 1e3, 1.0, 30.0], dtype=torch.float64)
+    ours = LinearProbe(C=10.0).fit(x * scale + 1e4, z)
+    theirs = LogisticRegression(C=10.0, tol=1e-12, max_iter=20000, solver="newton-cholesky")
+    theirs.fit((x * scale).numpy(), z.numpy())
+    np.testing.assert_allclose(ours.coef.numpy(), theirs.coef_, atol=1e-4, rtol=1e-4)
+    assert ours.iterations < 100
+
+
+def test_the_gradient_is_zero_at_the_solution() -> None:
+    x, z = data(200, 8, 3)
+    fitted = LinearProbe(C=3.0).fit(x, z)
+    coef = fitted.coef.clone().requires_grad_()
+    intercept = fitted.intercept.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(x @ coef.T + intercept, z)
+    torch.autograd.backward(loss + coef.square().sum() / (2 * 3.0 * len(x)))
+    assert coef.grad is not None
+    assert intercept.grad is not None
+    assert float(coef.grad.abs().max()) < 1e-7
+    assert float(intercept.grad.abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("z", "classes"),
+    [
+        (["b", "a", "b", "a"], ("a", "b")),
+        ((True, False, True, False), (False, True)),
+        ([3, -1, 3, -1], (-1, 3)),
+        (np.array(["b", "a", "b", "a"]), ("a", "b")),
+        (np.array([1.0, 0.0, 1.0, 0.0]), (0, 1)),
+        (torch.tensor([True, False, True, False]), (False, True)),
+        (torch.tensor([[1], [0], [1], [0]]), (0, 1)),
+        (list(torch.tensor([1, 0, 1, 0])), (0, 1)),
+        (list(np.array(["b", "a", "b", "a"])), ("a", "b")),
+    ],
+)
+def test_any_kind_of_label(z: object, classes: tuple[object, ...]) -> None:
+    fitted = LinearProbe().fit(torch.tensor([[1.0], [-1.0], [2.0], [-2.0]]), z)
+    assert fitted.classes == classes
+    assert [type(c) for c in fitted.classes] == [type(c) for c in classes]
+    assert fitted.predict(torch.tensor([[5.0], [-5.0]])) == [classes[1], classes[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
+def test_any_dtype_of_vectors(dtype: torch.dtype) -> None:
+    x = torch.tensor([[1.0, 0], [-1, 0], [2, 1], [-2, 1]]).to(dtype)
+    before = x.clone()
+    with torch.inference_mode():
+        assert LinearProbe().fit(x, [1, 0, 1, 0]).accuracy(x, [1, 0, 1, 0]) == 1
+    assert torch.equal(x, before)
+    rows = x.float().tolist()
+    assert LinearProbe().fit(rows, [1, 0, 1, 0]).accuracy(x.float().numpy(), [1, 0, 1, 0]) == 1
+
+
+def test_numpy_views_are_accepted() -> None:
+    x = np.arange(8.0).reshape(4, 2)[::-1]
+    x.flags.writeable = False
+    assert LinearProbe().fit(x, [1, 1, 0, 0]).width == 2
+
+
+def test_data_frames_are_accepted() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [1.0, -1.0, 2.0, -2.0], "z": ["p", "q", "p", "q"]})
+    fitted = LinearProbe().fit(frame[["a"]], frame["z"].astype("category"))
+    assert fitted.predict(frame[["a"]]) == list(frame["z"])
+
+
+def test_constant_vectors_leave_the_class_frequencies() -> None:
+    z = [0] * 30 + [1] * 10
+    fitted = LinearProbe().fit(torch.ones(40, 3), z)
+    assert torch.allclose(fitted.predict_proba(torch.ones(1, 3))[0, 1], torch.tensor(0.25).double())
+
+
+X = torch.arange(8.0).reshape(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("x", "z", "error", "message"),
+    [
+        (X, [1, 1, 1, 1], ValueError, "at least two classes"),
+        (X, [1, 0, 1], ShapeError, "3 labels for 4 vectors"),
+        (X[None], [0, 1, 0, 1], ShapeError, r"\[1, 4, 2\]"),
+        (X[0], [0, 1], ShapeError, "must be a matrix"),
+        (X[:0], [], ShapeError, "at least one row"),
+        (X.log() * 0, [0, 1, 0, 1], ValueError, "in 1 of 4 rows, the first is row 0"),
+        (X * 1j, [0, 1, 0, 1], TypeError, "real"),
+        (X, [0.5, 1.0, 0.5, 1.0], ValueError, "continuous"),
+        (X, [0.0, float("nan"), 0.0, 1.0], ValueError, "nan in row 1"),
+        (X, [0, "a", 0, "a"], TypeError, "mixes"),
+        (X, [True, 0, False, 1], TypeError, "mixes"),
+        (X, [None, "a", "a", "b"], TypeError, "NoneType"),
+        (X, torch.eye(4), ShapeError, "one-hot"),
+        (X, "abab", TypeError, "sequence"),
+        (X, 3, TypeError, "sequence"),
+        ([[1.0], [1.0, 2.0]], [0, 1], TypeError, "rows of numbers"),
+    ],
+)
+def test_bad_input(x: Tensor, z: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LinearProbe().fit(x, z)
+
+
+def test_bad_input_to_a_fitted_probe() -> None:
+    fitted = LinearProbe().fit(X, [0, 1, 0, 1])
+    with pytest.raises(ConceptErasureError, match="width 2"):
+        fitted.predict(X[:, :1])
+    with pytest.raises(ValueError, match="not seen"):
+        fitted.accuracy(X, [0, 1, 0, 2])
+    with pytest.raises(ValueError, match="NaN"):
+        fitted.decision(X * float("nan"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"C": 0.0}, {"C": float("inf")}, {"tol": 0.0}, {"max_iter": 0}]
+)
+def test_bad_configuration(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        LinearProbe(**options)  # type: ignore[arg-type]
+
+
+def test_too_few_steps_are_reported() -> None:
+    x, z = data(100, 5, 2)
+    with pytest.warns(ErasureWarning, match="stopped after 1 steps"):
+        LinearProbe(max_iter=1).fit(x, z)
+
+
+def test_separable_data_with_a_weak_penalty_converges() -> None:
+    x, _ = data(200, 20, 2)
+    fitted = LinearProbe(C=1e5).fit(x, x[:, 0] > 0)
+    assert fitted.gradient <= 1e-8
+    assert fitted.accuracy(x, x[:, 0] > 0) == 1

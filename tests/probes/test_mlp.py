@@ -1,0 +1,84 @@
+"""Network probe: reads what is not linear, reproducibly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from concept_erasure.probes import LinearProbe, MlpProbe
+
+
+def xor(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    return x * 50 + 1000, (x[:, 0] * x[:, 1]) > 0
+
+
+def test_reads_exclusive_or_where_a_linear_probe_cannot() -> None:
+    (x, z), (x_test, z_test) = xor(600), xor(400, seed=1)
+    fitted = MlpProbe(max_epochs=80).fit(x, z)
+    assert fitted.accuracy(x_test, z_test) > 0.9
+    assert fitted.log_loss(x_test, z_test) < 0.3
+    assert LinearProbe().fit(x, z).accuracy(x_test, z_test) < 0.65
+
+
+def test_reads_a_concept_on_one_axis_among_many() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 200, generator=generator)
+    z = x[:, 70] + 0.5 * torch.randn(1500, generator=generator) > 0
+    fitted = MlpProbe().fit(x[:1000], z[:1000])
+    linear = LinearProbe().fit(x[:1000], z[:1000])
+    assert fitted.accuracy(x[1000:], z[1000:]) > linear.accuracy(x[1000:], z[1000:]) - 0.05
+
+
+def test_same_seed_same_weights_and_global_state_untouched() -> None:
+    x, z = xor(100)
+    state = torch.random.get_rng_state()
+    first, again = (MlpProbe(seed=3, max_epochs=5).fit(x, z) for _ in range(2))
+    other = MlpProbe(seed=4, max_epochs=5).fit(x, z)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.weights, again.weights, strict=True))
+    assert not torch.equal(first.weights[0], other.weights[0])
+    assert not any(weight.requires_grad for weight in first.weights)
+
+
+def test_early_stopping_keeps_noise_near_the_class_frequencies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 20, generator=generator)
+    z = torch.rand(300, generator=generator) < 0.3
+    fitted = MlpProbe().fit(x, z)
+    assert fitted.epochs < 50
+    test = torch.randn(500, 20, generator=generator)
+    assert fitted.log_loss(test, torch.rand(500, generator=generator) < 0.3) < 0.8
+
+
+def test_works_in_inference_mode_with_three_classes_and_constant_columns() -> None:
+    x = torch.cat(
+        [torch.randn(90, 3, generator=torch.Generator().manual_seed(0)), torch.ones(90, 1)], 1
+    )
+    z = ["abc"[i] for i in x[:, :3].argmax(dim=1).tolist()]
+    with torch.inference_mode():
+        fitted = MlpProbe(max_epochs=60).fit(x.clone(), z)
+        assert fitted.predict_proba(x).shape == (90, 3)
+        assert fitted.accuracy(x, z) > 0.8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden": 0},
+        {"held_out": 1.0},
+        {"learning_rate": 0.0},
+        {"weight_decay": -1.0},
+        {"patience": 0},
+    ],
+)
+def test_bad_configuration(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        MlpProbe(**options)  # type: ignore[arg-type]
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="at least two examples"):
+        MlpProbe().fit(torch.eye(3), [0, 1, 2])
+    with pytest.raises(ValueError, match="NaN"):
+        MlpProbe().fit(torch.full((4, 2), float("nan")), [0, 1, 0, 1])
