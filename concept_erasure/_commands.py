@@ -304,10 +304,6 @@ def _load(source: Source, *, continuous: bool = False) -> tuple[object, object]:
         batch_size=source.batch_size,
         max_length=source.max_length,
     )
-    if isinstance(found, dict):
-        raise ValueError(
-            f"--site {site} names {len(found)} sites: {', '.join(found)}; name one of them"
-        )
     return found, found.z
 
 

@@ -16,9 +16,10 @@ from typing import Any, Literal, Protocol, TypeVar, cast, overload
 import torch
 from torch import Tensor, nn
 
+from concept_erasure.edit import base_fingerprint
 from concept_erasure.errors import ShapeError, SiteNotFoundError
 from concept_erasure.labels import encode_labels
-from concept_erasure.sites import Site, Space, fingerprint, hook, model_id, resolve
+from concept_erasure.sites import Site, Space, hook, model_id, resolve
 
 __all__ = ["Fitter", "Representations", "Tokens", "collect", "fit_streaming", "select", "stream"]
 
@@ -416,7 +417,7 @@ def collect(
     rows = torch.cat(indices)
     every = tokens == "all"
     z = take(labels, rows) if every and labels is not None else labels
-    mark, name_of_model = fingerprint(model), model_id(model)
+    mark, name_of_model = base_fingerprint(model), model_id(model)
     result: dict[str, Representations] = {}
     for site in places:
         x = torch.cat(pieces.pop(site.name))

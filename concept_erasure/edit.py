@@ -37,16 +37,26 @@ class Patch(Protocol):
     """One reversible change. ``apply`` leaves the model as it was if it raises."""
 
     @property
-    def target(self) -> str: ...
+    def target(self) -> str:
+        """Name of what is changed."""
+        ...
 
     @property
-    def bytes_held(self) -> int: ...
+    def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
+        ...
 
-    def apply(self, model: nn.Module) -> float: ...
+    def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
+        ...
 
-    def undo(self, model: nn.Module) -> None: ...
+    def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
+        ...
 
-    def commit(self) -> None: ...
+    def commit(self) -> None:
+        """Drop what is kept for the way back."""
+        ...
 
 
 def check_writable(model: nn.Module, name: str) -> nn.Parameter:
@@ -90,10 +100,12 @@ class DensePatch:
 
     @property
     def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
         kept = self._original
         return 0 if kept is None else kept.numel() * kept.element_size()
 
     def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
         parameter = check_writable(model, self.target)
         value = self.value
         if value is None:
@@ -112,6 +124,7 @@ class DensePatch:
         return float((parameter.detach().double() - self._original.double()).norm())
 
     def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
         if self._original is not None:
             with torch.no_grad():
                 dict(model.named_parameters(remove_duplicate=False))[self.target].copy_(
@@ -119,6 +132,7 @@ class DensePatch:
                 )
 
     def commit(self) -> None:
+        """Drop what is kept for the way back."""
         self._original = None
 
 
@@ -133,9 +147,11 @@ class LowRankPatch:
 
     @property
     def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
         return 0 if self._dense is None else self._dense.bytes_held
 
     def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
         parameter = check_writable(model, self.target)
         change = self.left.double() @ self.right.double().T
         if change.shape != parameter.shape:
@@ -147,10 +163,12 @@ class LowRankPatch:
         return self._dense.apply(model)
 
     def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
         if self._dense is not None:
             self._dense.undo(model)
 
     def commit(self) -> None:
+        """Drop what is kept for the way back."""
         self._dense = None
 
 
@@ -165,10 +183,12 @@ class ColumnPatch:
 
     @property
     def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
         kept = self._original
         return 0 if kept is None else kept.numel() * kept.element_size()
 
     def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
         parameter = check_writable(model, self.target)
         columns = self.columns.to(parameter.device)
         if self.values.shape != (parameter.shape[0], len(columns)):
@@ -189,12 +209,14 @@ class ColumnPatch:
         return float((cast.double() - self._original.double()).norm())
 
     def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
         if self._original is not None:
             parameter = dict(model.named_parameters(remove_duplicate=False))[self.target]
             with torch.no_grad():
                 parameter[:, self.columns.to(parameter.device)] = self._original
 
     def commit(self) -> None:
+        """Drop what is kept for the way back."""
         self._original = None
 
 
@@ -207,13 +229,16 @@ class BiasPatch:
 
     @property
     def target(self) -> str:
+        """Name of what is changed."""
         return f"{self.module}.bias"
 
     @property
     def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
         return 0
 
     def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
         module = model.get_submodule(self.module)
         if not isinstance(module, nn.Linear) or module.bias is not None:
             raise EditError(f"{self.module!r} cannot be given a bias; use attach()")
@@ -224,7 +249,8 @@ class BiasPatch:
         return float(value.double().norm())
 
     def undo(self, model: nn.Module) -> None:
-        model.get_submodule(self.module).bias = None
+        """Restore every bit."""
+        model.get_submodule(self.module).register_parameter("bias", None)
 
     def commit(self) -> None:
         """Nothing is held."""
@@ -240,22 +266,27 @@ class HookPatch:
 
     @property
     def target(self) -> str:
+        """Name of what is changed."""
         return self.site.name
 
     @property
     def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
         return 0
 
     def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
         self._handle = hook(model, self.site, self.function)
         return 0.0
 
     def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     def commit(self) -> None:
+        """Drop what is kept for the way back."""
         raise EditError(
             "an attached eraser is a hook and cannot be committed; keep it, undo it, or use apply()"
         )

@@ -36,7 +36,15 @@ __all__ = ["Eraser", "EraserConfig", "ModelEraser", "RepresentationEraser"]
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "eraser.safetensors", "eraser_config.json", "README.md"
-CONFIG_KEYS = {"format_version", "library_version", "method", "config", "space", "report"}
+CONFIG_KEYS = {
+    "format_version",
+    "library_version",
+    "method",
+    "config",
+    "space",
+    "report",
+    "tensors",
+}
 UPGRADE = "pip install --upgrade deconcept"
 
 
@@ -73,7 +81,8 @@ class Eraser(ABC):
         sha = hashlib.sha256(self.method.encode())
         for name, value in sorted(self.tensors().items()):
             sha.update(name.encode())
-            sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            sha.update(flat.view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()[:16]
 
     def to(
@@ -108,6 +117,7 @@ class Eraser(ABC):
             "config": asdict(self.config),
             "space": None if self.space is None else self.space.to_dict(),
             "report": dict(self.report),
+            "tensors": _manifest(stored),
         }
         text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
         _write(folder / WEIGHTS_FILE, lambda p: save_file(stored, p))
@@ -149,7 +159,12 @@ class Eraser(ABC):
             raise FormatError(f"{folder / CONFIG_FILE}: {error.args[0]}; or {UPGRADE}") from None
         if not issubclass(kind, cls):
             raise FormatError(f"{folder} holds a {kind.__name__}; you asked for a {cls.__name__}")
-        return kind._build(record, _read_tensors(folder / WEIGHTS_FILE), folder)
+        tensors = _read_tensors(folder / WEIGHTS_FILE)
+        if _manifest(tensors) != record["tensors"]:
+            raise FormatError(
+                f"{folder / WEIGHTS_FILE} holds {_manifest(tensors)}; {CONFIG_FILE} says {record['tensors']}"
+            )
+        return kind._build(record, tensors, folder)
 
     @classmethod
     def _build(cls, record: dict[str, object], tensors: dict[str, Tensor], folder: Path) -> Self:
@@ -182,7 +197,7 @@ class Eraser(ABC):
         """Names of tensor fields that may be None."""
         return set()
 
-    def _check(self) -> None:
+    def _check(self) -> None:  # noqa: B027 most erasers have nothing to check
         """Raise ShapeError if the tensors do not fit together; called on load."""
 
     def card(self) -> str:
@@ -349,6 +364,14 @@ def _fold_one(
     return patches
 
 
+def _manifest(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return dtype and shape by name, as written beside the tensors."""
+    return {
+        name: f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        for name, value in sorted(tensors.items())
+    }
+
+
 def _library_version() -> str:
     try:
         return version("deconcept")
@@ -410,6 +433,7 @@ def _read_config(path: Path) -> dict[str, object]:
         ("config", dict),
         ("space", (dict, type(None))),
         ("report", dict),
+        ("tensors", dict),
     ):
         if not isinstance(record[key], kinds):
             raise FormatError(f"{path}: {key!r} has type {type(record[key]).__name__}")

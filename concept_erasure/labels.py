@@ -46,6 +46,8 @@ def as_tensor(value: object, *, name: str = "x") -> Tensor:
     if isinstance(value, Tensor):
         return value
     array = cast("Any", value).to_numpy() if hasattr(value, "to_numpy") else value
+    if hasattr(array, "flags") and not array.flags.writeable:
+        array = array.copy()  # pandas hands out read-only views
     try:
         return torch.as_tensor(cast("Any", array))
     except (TypeError, ValueError, RuntimeError) as error:
@@ -79,7 +81,7 @@ def encode_labels(
         ValueError: If a label is missing, not finite or not among ``classes``.
     """
     if kind not in ("auto", "classes", "continuous"):
-        raise ValueError(f"kind must be 'auto', 'classes' or 'continuous'; got {kind!r}")
+        raise ValueError(f"got kind={kind!r}; it must be 'auto', 'classes' or 'continuous'")
     plain = cast("Any", z).to_numpy() if hasattr(z, "to_numpy") else z
     texts = _as_texts(plain)
     if texts is not None:
@@ -139,7 +141,7 @@ def _as_texts(z: object) -> list[str] | None:
             f"labels mix strings and other values: row {missing[0]} holds {flat[missing[0]]!r}; "
             "drop or fill missing labels first"
         )
-    return list(flat)
+    return [str(value) for value in flat]
 
 
 def _encode_texts(texts: list[str], classes: Sequence[object] | None) -> Labels:
@@ -154,6 +156,8 @@ def _encode_texts(texts: list[str], classes: Sequence[object] | None) -> Labels:
 def _encode_numbers(z: Tensor, kind: LabelKind, classes: Sequence[object] | None) -> Labels:
     if z.is_complex():
         raise TypeError("complex labels are not supported; pass real columns")
+    if z.is_meta:
+        raise ValueError("z is on the meta device and holds no values")
     if z.ndim == 2 and z.shape[1] == 1:
         z = z[:, 0]
     if z.ndim not in (1, 2):
@@ -175,15 +179,22 @@ def _encode_numbers(z: Tensor, kind: LabelKind, classes: Sequence[object] | None
 
 
 def _encode_classes(z: Tensor, classes: Sequence[object] | None) -> Labels:
+    found, index = torch.unique(z, return_inverse=True)
+    present = [_class_name(v) for v in found.tolist()]
     if classes is None:
-        found, index = torch.unique(z, return_inverse=True)
-        return Labels(index, tuple(str(v) for v in found.tolist()))
-    known = torch.as_tensor(list(cast("Any", classes)), device=z.device).to(z.dtype)
-    match = z[:, None] == known[None, :]
-    if not bool(match.any(1).all()):
-        unknown = torch.unique(z[~match.any(1)]).tolist()[:5]
-        raise ValueError(f"unknown labels {unknown}; the classes are {known.tolist()}")
-    return Labels(match.int().argmax(1), tuple(str(c) for c in known.tolist()))
+        return Labels(index, tuple(present))
+    names = [_class_name(c) for c in classes]
+    unknown = [v for v in present if v not in names]
+    if unknown:
+        raise ValueError(f"unknown labels {unknown[:5]}; the classes are {names}")
+    position = torch.tensor([names.index(v) for v in present], device=z.device)
+    return Labels(position[index], tuple(names))
+
+
+def _class_name(value: object) -> str:
+    """Return the name of a class; 1.0 and 1 are one class."""
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(cast("float", value))) if whole else str(value)
 
 
 def _warn_if_class_like(z: Tensor) -> None:

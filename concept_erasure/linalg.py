@@ -292,6 +292,13 @@ class Moments:
             if value is not None and value.shape != lead:
                 raise ShapeError(f"{name} must have shape {tuple(lead)}; got {tuple(value.shape)}")
         device = self.count.device
+        if x.is_meta or z.is_meta:
+            raise ValueError("x and z must hold values; got a tensor on the meta device")
+        if z.is_floating_point() and not bool(torch.isfinite(z).all()):
+            bad = (~torch.isfinite(z)).reshape(-1, self.concepts).any(1).nonzero()[:, 0]
+            raise ValueError(
+                f"z has {len(bad)} rows that are not finite; the first is row {int(bad[0])}"
+            )
         x = x.detach().reshape(-1, self.width).to(device)
         z = z.detach().reshape(len(x), *([] if classes else [self.concepts])).to(device)
         weight = (
@@ -348,8 +355,6 @@ class Moments:
             z = torch.nn.functional.one_hot(z, self.concepts)
         wide = z.to(centred.dtype)
         mean = wide.mean(0) if weight is None else weight @ wide / total
-        if not bool(torch.isfinite(mean).all()):
-            raise ValueError("z holds values that are not finite")
         wide = wide - mean
         scaled = wide if weight is None else wide * weight[:, None]
         return mean, weighted.T @ wide, scaled.T @ wide
@@ -458,7 +463,7 @@ def optimal_linear_shrinkage(
     S_n: Tensor,
     n: int | float | Tensor,
     *,
-    inplace: bool = False,  # noqa: N803 the paper's symbol
+    inplace: bool = False,
 ) -> Tensor:
     """Shrink sample covariances towards a multiple of the identity, ``alpha S + beta tr(S)/d I``.
 

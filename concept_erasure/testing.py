@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from concept_erasure.eraser import Eraser, RepresentationEraser
-from concept_erasure.errors import EditError, ErasureWarning, ShapeError
+from concept_erasure.errors import EditError, ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.registry import Method, get
 
 __all__ = ["CheckFailed", "EraserBattery", "ToyModel", "make_data"]
@@ -239,19 +239,21 @@ class EraserBattery:
         return self._call(eraser, eye, labels) - origin
 
     @contextmanager
-    def _raises(self, kinds: type[Exception], what: str, *words: str) -> Iterator[None]:
+    def _raises(
+        self, kinds: type[Exception] | tuple[type[Exception], ...], what: str, *words: str
+    ) -> Iterator[None]:
+        wanted = kinds if isinstance(kinds, tuple) else (kinds,)
+        want = " or ".join(kind.__name__ for kind in wanted)
         try:
             yield
         except kinds as error:
             missing = [word for word in words if word not in str(error)]
             self._require(not missing, f"{what}: the message lacks {missing}: {error}")
         except Exception as error:
-            raise CheckFailed(
-                f"{self.method.name}: {what}: raised {type(error).__name__} ({error}), "
-                f"want {kinds.__name__}"
-            ) from error
+            got = f"raised {type(error).__name__} ({error})"
+            raise CheckFailed(f"{self.method.name}: {what}: {got}, want {want}") from error
         else:
-            raise CheckFailed(f"{self.method.name}: {what}: raised nothing, want {kinds.__name__}")
+            raise CheckFailed(f"{self.method.name}: {what}: raised nothing, want {want}")
 
     # --------------------------------------------------------- declared guarantees
 
@@ -447,7 +449,7 @@ class EraserBattery:
             with self._raises(ValueError, f"{value} in x", "3"):
                 self._fit(bad, z)
         for count in (0, 1):
-            with self._raises(ValueError, f"{count} rows", str(count)):
+            with self._raises((ValueError, NotFittedError), f"{count} rows", str(count)):
                 self._fit(x[:count], z[:count])
         with self._raises(TypeError, "x is text"):
             self._fit(cast("Tensor", "text"), z)

@@ -184,7 +184,8 @@ def _first_weights(
 
 def _rotation(width: int, generator: torch.Generator) -> Tensor:
     """Draw an orthogonal matrix, shape ``[width, width]``, on the CPU; O(width^3) time."""
-    return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    rotation: Tensor = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+    return rotation
 
 
 def _split(index: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,9 @@ def test_header_noise(broken: Path) -> None:
 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 CHANGES: dict[str, Change] = {
-    "a tensor is missing": lambda t: dict(list(t.items())[1:]),
+    "no proj_left": lambda t: {n: v for n, v in t.items() if n != "proj_left"},
+    "no proj_right": lambda t: {n: v for n, v in t.items() if n != "proj_right"},
+    "affine, but no bias": lambda t: {n: v for n, v in t.items() if n != "bias"},
     "no tensors": lambda t: {},
     "an unknown tensor": lambda t: {**t, "surprise": torch.ones(1)},
     "integers": lambda t: {name: value.long() for name, value in t.items()},
@@ -103,10 +105,10 @@ CHANGES: dict[str, Change] = {
     "flat": lambda t: {name: value.flatten() for name, value in t.items()},
     "one more dimension": lambda t: {name: value[None] for name, value in t.items()},
     "another width": lambda t: {
-        name: torch.cat([value, value]) if name == "left" else value for name, value in t.items()
+        name: torch.cat([value, value]) if name == "proj_left" else value for name, value in t.items()
     },
     "half of each": lambda t: {
-        name: value[: len(value) // 2].contiguous() if name != "center" else value
+        name: value[: len(value) // 2].contiguous() if name != "bias" else value
         for name, value in t.items()
     },
 }

@@ -27,11 +27,13 @@ from concept_erasure.eraser import EraserConfig, RepresentationEraser
 from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.labels import LabelKind, Labels, as_tensor, encode_concepts
 from concept_erasure.linalg import LowRankAffine, MetricSolver, Moments, optimal_linear_shrinkage
+from concept_erasure.sites import Space
 
 __all__ = ["ErasureMethod", "LeaceConfig", "LeaceEraser", "LeaceFitter", "erasing_factors"]
 
 ErasureMethod = Literal["leace", "orth"]
 ROWS_PER_DIMENSION = 20  # below this many rows a dimension, "auto" shrinks the covariance
+GUARDED = 1e-6  # share of the cross-covariance below which we call the fit data guarded
 FOLDS = 5  # for the held-out gap of every report
 T_975 = 2.776  # Student t, 4 degrees of freedom, two-sided 95 %
 
@@ -148,7 +150,7 @@ class LeaceEraser(RepresentationEraser):
     bias: Tensor | None
 
     @classmethod
-    def fit(  # noqa: PLR0913 options are spelled out
+    def fit(
         cls,
         x: object,
         z: object = None,
@@ -212,6 +214,8 @@ class LeaceEraser(RepresentationEraser):
         fitter._add(
             data, labels.values.reshape(*data.shape[:-1], *labels.values.shape[1:]), mask, weight
         )
+        if fitter.n < 2:
+            raise ValueError(f"at least 2 rows are needed to fit; the mask leaves {fitter.n}")
         eraser = replace(fitter.eraser, space=space, config=options)
         if held_out is None:
             return eraser
@@ -263,7 +267,7 @@ class LeaceFitter:
         dtype: Dtype of the factors given out; statistics stay float64.
     """
 
-    def __init__(  # noqa: PLR0913 options are spelled out
+    def __init__(
         self,
         x_dim: int,
         z_dim: int,
@@ -355,7 +359,7 @@ class LeaceFitter:
     def _labels(self, z: object, data: Tensor) -> Tensor:
         lead = data.shape[:-1]
         if self.classes and not (isinstance(z, Tensor) and z.shape == (*lead, self.z_dim)):
-            values = encode_concepts(z, kind="classes", classes=self.classes_as_given(z)).values
+            values = encode_concepts(z, kind="classes", classes=self.classes).values
         else:
             values = as_tensor(z, name="z")
         values = values.to(data.device)
@@ -379,13 +383,6 @@ class LeaceFitter:
                     "pass z_dim = number of classes, or z_kind='continuous'"
                 )
         return values.reshape(*lead, self.z_dim).to(self._moments.count.dtype)
-
-    def classes_as_given(self, z: object) -> Sequence[object]:
-        """Return the class names in the type of the labels (names are stored as strings)."""
-        if isinstance(z, Tensor) and z.dtype == torch.bool:
-            return [name == "True" for name in self.classes]
-        texts = not isinstance(z, Tensor) and any(isinstance(v, str) for v in list(z)[:1])  # type: ignore[call-overload]
-        return list(self.classes) if texts else [float(c) for c in self.classes]
 
     def _add(self, x: Tensor, z: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:
         categorical = z.ndim == x.ndim - 1
@@ -579,7 +576,7 @@ def held_out_report(
 
 def read_data(
     x: object, z: object, z_kind: LabelKind, classes: Sequence[str] | None = None
-) -> tuple[Tensor, Labels, object]:
+) -> tuple[Tensor, Labels, Space | None]:
     """Return x, encoded labels (one a row of the flattened x) and the space.
 
     Raises:

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from concept_erasure import LeaceEraser, collect
+from concept_erasure import LeaceEraser
+from concept_erasure.collect import collect
 from concept_erasure.probes import evaluate
 
 WOMEN = ["actress", "queen", "nun", "mother", "aunt", "waitress", "princess", "wife"]

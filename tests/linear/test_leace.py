@@ -324,6 +324,8 @@ def test_exactness_at_offsets(
     method: str, dtype: torch.dtype, bound: float, offset: float
 ) -> None:
     x, z = sample(2000, 32, 3)
+    if dtype == torch.bfloat16:  # near 1e4 it resolves 64, so the spread must be larger than that
+        x = x * 200
     x = (x + offset).to(dtype)
     eraser = LeaceEraser.fit(x, z, method=method)
     assert residual(eraser.P.double(), x.double(), one_hot(z, 3)) <= bound
@@ -389,20 +391,12 @@ def test_rank_budget_takes_the_strongest() -> None:
     target = one_hot(z, 5)
     left = []
     for rank in (1, 2, 3, 4):
-        with pytest.warns() if rank < 4 else _no_warning():
-            eraser = LeaceEraser.fit(x, z, rank=rank)
+        eraser = LeaceEraser.fit(x, z, rank=rank)
+        assert eraser.report["residual"] == pytest.approx(residual(eraser.P, x, target), abs=1e-12)
         assert eraser.map.rank == rank
         left.append(residual(eraser.P, x, target))
     assert left[0] > left[1] > left[2] > left[3]
     assert left[3] <= 1e-12
-
-
-class _no_warning:  # noqa: N801
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 @pytest.mark.filterwarnings("ignore")
