@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 import warnings
 from importlib.metadata import packages_distributions, version
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -120,6 +122,18 @@ def __getattr__(name: str) -> object:
     value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps ``concept_erasure.collect`` the function when the module of that name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and name in _HOME:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import tyro
@@ -17,6 +17,8 @@ from concept_erasure import _cli_data, registry
 from concept_erasure.errors import missing_extra
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from concept_erasure.eraser import Eraser
 
 __all__ = ["COMMANDS", "Command"]
@@ -152,12 +154,19 @@ class Apply(Source):
         say(f"wrote {erased.shape[0]} vectors of width {erased.shape[1]} to {self.out}")
 
     def _apply_to_model(self, eraser: Eraser, name: str) -> None:
+        from concept_erasure.eraser import ModelEraser, RepresentationEraser
+
         model, tokenizer = _load_model(name, self.gguf_file, self.device)
-        edit = eraser.apply(model, **({} if self.site is None else {"sites": self.site}))  # type: ignore[call-arg]
+        if isinstance(eraser, RepresentationEraser):
+            edit = eraser.apply(model, sites=self.site)
+        elif isinstance(eraser, ModelEraser):
+            edit = eraser.apply(model)
+        else:
+            raise TypeError(f"a {eraser.method} eraser cannot be put into a model")
         say(edit.summary())
         edit.commit()
-        model.save_pretrained(self.out)  # type: ignore[operator]
-        tokenizer.save_pretrained(self.out)  # type: ignore[attr-defined]
+        model.save_pretrained(self.out)
+        tokenizer.save_pretrained(self.out)
         say(f"wrote the edited model to {self.out}")
 
 
@@ -272,7 +281,8 @@ def _load(source: Source, *, continuous: bool = False) -> tuple[object, object]:
         vectors = _cli_data.read_vectors(
             source.source, labels=source.labels, label_column=source.label_column
         )
-        return vectors.x, _numbers(vectors.z) if continuous else vectors.z
+        z = vectors.z
+        return vectors.x, _numbers(z) if continuous and z is not None else z
     if source.labels is not None:
         raise ValueError("--labels is for vectors; with --model the label is a column of the texts")
     texts, labels = _cli_data.read_texts(
@@ -293,12 +303,11 @@ def _load(source: Source, *, continuous: bool = False) -> tuple[object, object]:
     if source.site is None and not residual:
         raise ValueError("the model has no residual stream that is known by name; give --site")
     site = source.site or residual[len(residual) // 2]
-    z: Tensor | list[str] = _numbers(labels) if continuous else labels
     found = collect(
         model,
         tokenizer,
         texts,
-        z,
+        _numbers(labels) if continuous else labels,
         sites=site,
         tokens=source.tokens,
         batch_size=source.batch_size,
@@ -309,7 +318,7 @@ def _load(source: Source, *, continuous: bool = False) -> tuple[object, object]:
 
 def _load_model(
     name: str, gguf_file: str | None, device: str | None
-) -> tuple[torch.nn.Module, object]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model (causal where it can be) and its tokenizer."""
     try:
         import transformers

@@ -337,7 +337,9 @@ class Edit:
             )
         # weak: the table of edits must not keep a model alive
         self._reference = weakref.ref(model)
-        self._patches, self.label, self.key = list(patches), label, key
+        self._patches = list(patches)
+        self.label: str = label
+        self.key: str | None = key
         self._state = "applied"
         if not stack:
             _FINGERPRINTS[model] = fingerprint(model)

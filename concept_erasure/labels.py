@@ -45,11 +45,11 @@ def as_tensor(value: object, *, name: str = "x") -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    array = cast("Any", value).to_numpy() if hasattr(value, "to_numpy") else value
+    array: Any = cast("Any", value).to_numpy() if hasattr(value, "to_numpy") else value
     if hasattr(array, "flags") and not array.flags.writeable:
         array = array.copy()  # pandas hands out read-only views
     try:
-        return torch.as_tensor(cast("Any", array))
+        return torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a tensor, array or table of numbers; got {type(value).__name__} ({error})"

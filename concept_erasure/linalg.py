@@ -86,6 +86,8 @@ class LowRankAffine:
             ShapeError: If the last dimension is not d.
             TypeError: If x is not floating point.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor; got {type(x).__name__}")
         if x.ndim == 0 or x.shape[-1] != self.width:
             raise ShapeError(f"the map has width {self.width}; x has shape {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -234,6 +236,7 @@ class Moments:
             raise ValueError(f"width and concepts must be at least 1; got {width} and {concepts}")
         self.width, self.concepts, self.covariance = width, concepts, covariance
         self.rows = 0
+        self._follows_input = device is None and dtype is None
         dtype = dtype or statistics_dtype(device)
         self.count = torch.zeros((), dtype=dtype, device=device)
         self._mean_x = torch.zeros(width, dtype=dtype, device=device)
@@ -277,28 +280,10 @@ class Moments:
     def _flatten(
         self, x: Tensor, z: Tensor, mask: Tensor | None, weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if x.ndim < 1 or x.shape[-1] != self.width:
-            raise ShapeError(f"x must have width {self.width}; got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x must be floating point; got {x.dtype}")
         lead = x.shape[:-1]
         classes = not z.is_floating_point() and z.shape == lead
-        if not classes and z.shape != (*lead, self.concepts):
-            raise ShapeError(
-                f"for x of shape {tuple(x.shape)} z must be class indices {tuple(lead)} or columns "
-                f"{(*lead, self.concepts)}; got {tuple(z.shape)} {z.dtype}"
-            )
-        for name, value in (("mask", mask), ("weight", weight)):
-            if value is not None and value.shape != lead:
-                raise ShapeError(f"{name} must have shape {tuple(lead)}; got {tuple(value.shape)}")
-        device = self.count.device
-        if x.is_meta or z.is_meta:
-            raise ValueError("x and z must hold values; got a tensor on the meta device")
-        if z.is_floating_point() and not bool(torch.isfinite(z).all()):
-            bad = (~torch.isfinite(z)).reshape(-1, self.concepts).any(1).nonzero()[:, 0]
-            raise ValueError(
-                f"z has {len(bad)} rows that are not finite; the first is row {int(bad[0])}"
-            )
+        self._refuse(x, z, mask, weight, classes)
+        device = self._device_for(x)
         x = x.detach().reshape(-1, self.width).to(device)
         z = z.detach().reshape(len(x), *([] if classes else [self.concepts])).to(device)
         weight = (
@@ -315,6 +300,41 @@ class Moments:
                 f"class indices must be 0..{self.concepts - 1}; got {int(z.min())}..{int(z.max())}"
             )
         return x, z, weight
+
+    def _refuse(
+        self, x: Tensor, z: Tensor, mask: Tensor | None, weight: Tensor | None, classes: bool
+    ) -> None:
+        """Raise for shapes that disagree and labels that are not finite."""
+        if x.ndim < 1 or x.shape[-1] != self.width:
+            raise ShapeError(f"x must have width {self.width}; got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x must be floating point; got {x.dtype}")
+        lead = x.shape[:-1]
+        if not classes and z.shape != (*lead, self.concepts):
+            raise ShapeError(
+                f"for x of shape {tuple(x.shape)} z must be class indices {tuple(lead)} or columns "
+                f"{(*lead, self.concepts)}; got {tuple(z.shape)} {z.dtype}"
+            )
+        for name, value in (("mask", mask), ("weight", weight)):
+            if value is not None and value.shape != lead:
+                raise ShapeError(f"{name} must have shape {tuple(lead)}; got {tuple(value.shape)}")
+        if x.is_meta or z.is_meta:
+            raise ValueError("x and z must hold values; got a tensor on the meta device")
+        if z.is_floating_point() and not bool(torch.isfinite(z).all()):
+            bad = (~torch.isfinite(z)).reshape(-1, self.concepts).any(1).nonzero()[:, 0]
+            raise ValueError(
+                f"z has {len(bad)} rows that are not finite; the first is row {int(bad[0])}"
+            )
+
+    def _device_for(self, x: Tensor) -> torch.device:
+        """Return where the state lives; the first batch decides when nobody said."""
+        if self._follows_input and self.rows == 0:
+            dtype = statistics_dtype(x.device)
+            for name in ("count", "_mean_x", "_mean_z", "_s_xx", "_s_xz", "_s_zz"):
+                value = getattr(self, name)
+                if value is not None:
+                    setattr(self, name, value.to(x.device, dtype))
+        return self.count.device
 
     def _batch(self, x: Tensor, z: Tensor, weight: Tensor | None, first_row: int) -> Moments:
         """Return the moments of one chunk, centred on its own mean."""
@@ -503,7 +523,7 @@ class MetricSolver:
 
     def __init__(self, sigma: Tensor) -> None:
         variance = sigma.diagonal().clamp_min(0)
-        self._scale = torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
+        self._scale: Tensor = torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
         scaled = sigma * self._scale[:, None] * self._scale
         scaled.diagonal().add_(
             (variance <= 0).to(sigma.dtype)
@@ -525,14 +545,16 @@ class MetricSolver:
         """Return ``w`` with ``w^T w = b^T sigma^+ b``, of shape ``(at most d, m)``."""
         scaled = b * self._scale[:, None]
         if self.well_conditioned:
-            return torch.linalg.solve_triangular(self._factor, scaled, upper=False)
-        return (self._vectors.T @ scaled) / self._values.sqrt()[:, None]
+            out: Tensor = torch.linalg.solve_triangular(self._factor, scaled, upper=False)
+        else:
+            out = (self._vectors.T @ scaled) / self._values.sqrt()[:, None]
+        return out
 
     def __call__(self, b: Tensor) -> Tensor:
         """Return ``sigma^+ b`` for ``b`` of shape ``(d, m)``."""
         scaled = b * self._scale[:, None]
         if self.well_conditioned:
-            solved = torch.cholesky_solve(scaled, self._factor)
+            solved: Tensor = torch.cholesky_solve(scaled, self._factor)
         else:
             solved = self._vectors @ ((self._vectors.T @ scaled) / self._values[:, None])
         return solved * self._scale[:, None]

@@ -1,7 +1,7 @@
 """Report: what was measured, with intervals, what it was measured on, and what was not tried.
 
-A report is a table (rows of named cells), a small record of how the numbers came about, and notes; it may hold
-further reports as sections. It is saved as JSON for programs and as Markdown for people.
+A report is a table (rows of named cells), a small record of how the numbers came about, and notes;
+it may hold further reports as sections. It is saved as JSON for programs and as Markdown for people.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from concept_erasure.errors import FormatError
 
 if TYPE_CHECKING:
     from concept_erasure.eraser import Eraser
@@ -123,15 +125,33 @@ def _plain(value: object) -> object:
     if isinstance(value, Path):
         return value.as_posix()
     raise TypeError(
-        f"a report holds texts, numbers, intervals, lists and mappings, got {type(value).__name__}; "
-        "convert tensors with .item() or .tolist()"
+        f"a report holds texts, numbers, intervals, lists and mappings, got "
+        f"{type(value).__name__}; convert tensors with .item() or .tolist()"
     )
 
 
-def _interval(value: object) -> object:
-    """Return the interval that :func:`_plain` wrote, or ``value`` itself."""
-    if isinstance(value, dict) and set(value) == {"value", "low", "high", "level"}:
-        return Interval(*(float(value[key]) for key in ("value", "low", "high", "level")))
+def _interval(value: object) -> Cell:
+    """Return the cell that :func:`_plain` wrote."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    found = _mapping(value, "a cell")
+    try:
+        numbers = [float(str(found[key])) for key in ("value", "low", "high", "level")]
+        return Interval(*numbers)
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"a cell of a report holds {value!r}, not an interval") from error
+
+
+def _list(data: Mapping[str, object], key: str) -> list[object]:
+    value = data.get(key)
+    if not isinstance(value, list):
+        raise FormatError(f"{key} of a report must be a list, got {type(value).__name__}")
+    return value
+
+
+def _mapping(value: object, name: str) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise FormatError(f"{name} of a report must be a mapping, got {type(value).__name__}")
     return value
 
 
@@ -148,7 +168,8 @@ class Report:
         images: Caption to path of a picture, relative to the folder of the report.
 
     Example:
-        >>> print(Report("Probes", [{"probe": "linear", "before": 0.9, "after": 0.5}]).to_markdown())
+        >>> rows = [{"probe": "linear", "before": 0.9, "after": 0.5}]
+        >>> print(Report("Probes", rows).to_markdown())
         # Probes
         <BLANKLINE>
         | probe | before | after |
@@ -221,29 +242,24 @@ class Report:
         Raises:
             FormatError: If the mapping is not a report or its format is newer than this library.
         """
-        from concept_erasure.errors import FormatError
-
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise FormatError(
                 f"this library reads reports of format {FORMAT_VERSION}, got {version!r}; "
                 "upgrade the library or write the report again"
             )
-        rows, sections = data.get("rows"), data.get("sections")
-        meta, notes, images = data.get("meta"), data.get("notes"), data.get("images")
-        lists = isinstance(rows, list) and isinstance(sections, list) and isinstance(notes, list)
-        if not (lists and isinstance(meta, dict) and isinstance(images, dict)):
-            raise FormatError(
-                "a report needs the lists rows, notes and sections and the mappings meta and "
-                f"images, got keys {sorted(map(str, data))}; write it with Report.save"
-            )
+        rows, sections, notes = (_list(data, key) for key in ("rows", "sections", "notes"))
+        meta, images = (_mapping(data.get(key), key) for key in ("meta", "images"))
         return cls(
             title=str(data.get("title", "")),
-            rows=[{key: _interval(cell) for key, cell in row.items()} for row in rows],  # type: ignore[union-attr, misc]
+            rows=[
+                {key: _interval(cell) for key, cell in _mapping(row, "a row").items()}
+                for row in rows
+            ],
             meta=meta,
-            notes=list(notes),  # type: ignore[arg-type]
-            sections=[cls.from_dict(section) for section in sections],  # type: ignore[union-attr]
-            images=images,
+            notes=[str(note) for note in notes],
+            sections=[cls.from_dict(_mapping(section, "a section")) for section in sections],
+            images={key: str(value) for key, value in images.items()},
         )
 
     def save(self, folder: str | Path, *, name: str = "report") -> tuple[Path, Path]:
@@ -277,8 +293,6 @@ class Report:
         Raises:
             FormatError: If the file is not a report.
         """
-        from concept_erasure.errors import FormatError
-
         path = Path(path)
         path = path / "report.json" if path.is_dir() else path
         try:
@@ -304,14 +318,14 @@ def _meta_text(value: object) -> str:
 
 
 NOT_TRIED = (
-    "Only what stands under *Measured* was measured. Not tried, unless listed there: probes that are not linear, "
-    "relearning, rewording, other tokens and other layers, attacks with access to the weights. A concept that no "
-    "linear probe reads may still be known to the model."
+    "Only what stands under *Measured* was measured. Not tried, unless listed there: probes that "
+    "are not linear, relearning, rewording, other tokens and other layers, attacks with access to "
+    "the weights. A concept that no linear probe reads may still be known to the model."
 )
 
 
 def erasure_card(eraser: Eraser) -> str:
-    """Return the Markdown card of an eraser: what was fitted, what was measured, what was not tried.
+    """Return the Markdown card of an eraser: what was fitted and measured, what was not tried.
 
     Args:
         eraser: Any fitted eraser.

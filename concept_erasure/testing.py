@@ -66,7 +66,7 @@ SHARED = (
 IN_MODEL = ("attach", "attach-raises", "apply")
 
 
-class CheckFailed(AssertionError):
+class CheckFailed(AssertionError):  # noqa: N818 it says what happened
     """An eraser does not keep what it declares; the message gives the number and the bound."""
 
 

@@ -90,3 +90,25 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 
 _write_if_changed(HERE / "reference" / "methods.md", _page_of_methods())
+
+
+def _tables_as_written(
+    app: object, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Show tables in docstrings as they are written; reStructuredText would misread the bars."""
+    shown: list[str] = []
+    inside = False
+    for line in lines:
+        table = line.lstrip().startswith("|")
+        if table and not inside:
+            shown += ["", "::", ""]
+        elif inside and not table:
+            shown.append("")
+        shown.append(f"    {line.lstrip()}" if table else line)
+        inside = table
+    lines[:] = [*shown, ""]
+
+
+def setup(app) -> None:
+    """Register the hook."""
+    app.connect("autodoc-process-docstring", _tables_as_written)

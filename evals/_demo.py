@@ -39,9 +39,7 @@ class Sizes(Protocol):
 class Bars(Protocol):
     """Shows progress."""
 
-    def bar(
-        self, name: str, total: int
-    ) -> AbstractContextManager[Callable[[int], object]]: ...
+    def bar(self, name: str, total: int) -> AbstractContextManager[Callable[[int], object]]: ...
 
 
 @dataclass(frozen=True)

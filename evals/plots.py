@@ -37,10 +37,10 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def concept_plane(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the plane in which two classes lie furthest apart, to look at vectors before and after.
+    """Return the plane in which two classes lie furthest apart, to look at vectors in.
 
-    The first axis is the difference of the class means, whitened with a little ridge (Fisher's direction); the second
-    is the direction of largest variance orthogonal to it.
+    The first axis is the difference of the class means, whitened with a little ridge (Fisher's
+    direction); the second is the direction of largest variance orthogonal to it.
 
     Args:
         x: Vectors, shape ``[n, d]``.
@@ -91,7 +91,7 @@ def plot_planes(
         path: Where the picture goes; the ending says the format.
         names: What the two labels mean.
         title: Heading.
-        plane: Origin and axes as :func:`concept_plane` gives them; default: the plane of ``before``.
+        plane: Origin and axes as :func:`concept_plane` gives them; default: that of ``before``.
 
     Returns:
         The path.
@@ -102,7 +102,8 @@ def plot_planes(
     """
     if before.shape != after.shape:
         raise ShapeError(
-            f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}"
+            f"before and after must have one shape, got {tuple(before.shape)} and "
+            f"{tuple(after.shape)}"
         )
     origin, axes = plane if plane is not None else concept_plane(before, z)
     figure = _figure(9.0, 4.2)

@@ -1,8 +1,8 @@
-"""Short templated texts about the grammatical gender of the person described, and neutral sentences.
+"""Short templated texts about the grammatical gender of a person, and neutral sentences.
 
-Three splits share neither templates nor professions: an eraser is fitted on ``fit``, probes are trained on ``probe`` and
-read on ``test``. Gender is said by one cue a text (a pronoun, a kinship word or a noun for the person); names are not used.
-Every text here was written for this project.
+Three splits share neither templates nor professions nor endings: an eraser is fitted on ``fit``,
+probes are trained on ``probe`` and read on ``test``. Gender is said by one cue a text (a pronoun, a
+kinship word or a noun for the person); names are not used. Every text was written for this project.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 Split = Literal["fit", "probe", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "probe", "test")
 
-# How often a profession of each lean is described as a woman. Stated, not estimated: the lists are a stereotype to be
-# measured, not a fact about the world.
+# How often a profession of each lean is described as a woman. Stated, not estimated: the lists are a
+# stereotype to be measured, not a fact about the world.
 ODDS: dict[str, float] = {"feminine": 0.75, "even": 0.5, "masculine": 0.25}
 
 # split -> lean -> professions
@@ -213,7 +213,16 @@ TEMPLATES: dict[Split, dict[str, tuple[str, ...]]] = {
 
 # What the texts of a split end in: words after which the person is often named again.
 ENDINGS: dict[Split, tuple[str, ...]] = {
-    "fit": ("because", "when", "and then", "and said that", "so", "before", "and I think that", "as if"),
+    "fit": (
+        "because",
+        "when",
+        "and then",
+        "and said that",
+        "so",
+        "before",
+        "and I think that",
+        "as if",
+    ),
     "probe": ("until", "while", "and everyone says that", "and"),
     "test": ("after", "although", "and it is clear that", "but"),
 }
@@ -244,7 +253,7 @@ class GenderText:
     """One text and what is known about it.
 
     Args:
-        text: The words, without a final full stop, so that the last token still expects a continuation.
+        text: The words, without a full stop, so that the last token expects a continuation.
         gender: 0 for feminine, 1 for masculine.
         cue: The kind of word that says the gender, a key of :data:`CUES`.
         profession: The profession named in it.
@@ -289,9 +298,9 @@ def _check(split: str) -> None:
 
 
 def gender_texts(split: Split, n: int, *, seed: int = 0) -> list[GenderText]:
-    """Return ``n`` different texts of a split, cues in equal shares, gender by the odds of the profession.
+    """Return ``n`` different texts of a split; gender follows the odds of the profession.
 
-    Texts of different splits share neither templates nor professions. Exactly half (rounded up) are feminine.
+    Cues have about equal shares, and exactly half of the texts (rounded up) are feminine.
 
     Args:
         split: ``"fit"`` for the eraser, ``"probe"`` to train probes, ``"test"`` to read them.
@@ -307,7 +316,7 @@ def gender_texts(split: Split, n: int, *, seed: int = 0) -> list[GenderText]:
     _check(split)
     if n < 2:
         raise ValueError(f"n must be at least 2, got {n}")
-    rng = random.Random(f"{seed}-{split}")
+    rng = random.Random(f"{seed}-{split}")  # noqa: S311 texts, not secrets
     jobs, found, seen = _jobs(split), [], set[str]()
     wanted = [(n + 1) // 2, n // 2]
     cues = itertools.cycle(CUES)
@@ -326,7 +335,7 @@ def gender_texts(split: Split, n: int, *, seed: int = 0) -> list[GenderText]:
             found.append(GenderText(text, gender, cue, job, lean, template))
     if any(wanted):
         raise ValueError(
-            f"split {split!r} yields about {len(found)} different texts, {n} were asked for"
+            f"split {split!r} yields about {len(found)} different texts, {n} were asked for; ask for fewer"
         )
     rng.shuffle(found)
     return found
@@ -343,7 +352,7 @@ def open_prompts(split: Split = "test") -> list[str]:
 
 
 def cued_prompts(split: Split = "test") -> list[tuple[str, str]]:
-    """Return pairs of prompts that say the gender and differ in nothing else: ``(feminine, masculine)``.
+    """Return pairs ``(feminine, masculine)`` of prompts that differ in the stated gender alone.
 
     Raises:
         ValueError: If the split is unknown.

@@ -135,7 +135,10 @@ def test_bias_where_there_is_none() -> None:
 def test_last_in_first_out() -> None:
     model = ToyModel(D)
     before = _bits(model)
-    first, second = Edit(model, [_low_rank(model)], label="one"), Edit(model, [_columns(model)], label="two")
+    first, second = (
+        Edit(model, [_low_rank(model)], label="one"),
+        Edit(model, [_columns(model)], label="two"),
+    )
     assert active_edits(model) == [first, second]
     with pytest.raises(EditError, match="two first"):
         first.undo()

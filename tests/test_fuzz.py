@@ -78,7 +78,7 @@ def test_header_noise(broken: Path) -> None:
     """Flip bytes of the header: refused, or read as something that still is an eraser."""
     data = (broken / TENSORS).read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
-    dice = random.Random(0)
+    dice = random.Random(0)  # noqa: S311 not for secrets
     for _ in range(150):
         noisy = bytearray(data)
         for _ in range(dice.randint(1, 4)):
@@ -105,7 +105,8 @@ CHANGES: dict[str, Change] = {
     "flat": lambda t: {name: value.flatten() for name, value in t.items()},
     "one more dimension": lambda t: {name: value[None] for name, value in t.items()},
     "another width": lambda t: {
-        name: torch.cat([value, value]) if name == "proj_left" else value for name, value in t.items()
+        name: torch.cat([value, value]) if name == "proj_left" else value
+        for name, value in t.items()
     },
     "half of each": lambda t: {
         name: value[: len(value) // 2].contiguous() if name != "bias" else value
@@ -148,7 +149,18 @@ def test_truncated_description(broken: Path, share: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "null", "3", '"text"', "{}", "\ufeff{}", "{" * 50_000, '{"a":' * 50_000, "NaN", "1" * 10_000],
+    [
+        "[]",
+        "null",
+        "3",
+        '"text"',
+        "{}",
+        "\ufeff{}",
+        "{" * 50_000,
+        '{"a":' * 50_000,
+        "NaN",
+        "1" * 10_000,
+    ],
     ids=lambda text: text[:8],
 )
 def test_description_of_another_kind(broken: Path, text: str) -> None:

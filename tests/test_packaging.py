@@ -131,3 +131,12 @@ def test_a_foreign_distribution_under_our_import_name_is_reported(
     said = child(root, code)
     assert "pip uninstall" in said
     assert "concept-erasure" in said
+
+
+def test_a_submodule_does_not_hide_the_function_of_its_name(root: Path) -> None:
+    code = (
+        "import concept_erasure as ce\nfrom concept_erasure import LeaceEraser\n"
+        "from concept_erasure.collect import Representations\n"
+        "from concept_erasure import collect\nprint(callable(collect), callable(ce.collect))"
+    )
+    assert child(root, code) == "True True"

@@ -73,8 +73,10 @@ def whitened_concept(sigma_xz: Tensor, sigma_zz: Tensor) -> Tensor:
     deviation = deviation[live]
     correlation = sigma_zz[live][:, live] / deviation[:, None] / deviation
     values, vectors = torch.linalg.eigh(correlation)
-    keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps * 10
-    return (sigma_xz[:, live] / deviation) @ (vectors[:, keep] / values[keep].sqrt())
+    # a correlation matrix, so a fixed cut is scale-free; it lies above the rounding of long sums
+    keep = values > values[-1] * torch.finfo(values.dtype).eps ** (2 / 3)
+    whitening: Tensor = vectors[:, keep] / values[keep].sqrt()
+    return (sigma_xz[:, live] / deviation) @ whitening
 
 
 def erasing_factors(
@@ -376,12 +378,12 @@ class LeaceFitter:
             and self.z_kind != "continuous"
             and not values.is_floating_point()
             and values.numel()
+            and not 0 <= int(values.min()) <= int(values.max()) <= 1
         ):
-            if not 0 <= int(values.min()) <= int(values.max()) <= 1:
-                raise ValueError(
-                    f"integer labels {int(values.min())}..{int(values.max())} in one column: "
-                    "pass z_dim = number of classes, or z_kind='continuous'"
-                )
+            raise ValueError(
+                f"integer labels {int(values.min())}..{int(values.max())} in one column: "
+                "pass z_dim = number of classes, or z_kind='continuous'"
+            )
         return values.reshape(*lead, self.z_dim).to(self._moments.count.dtype)
 
     def _add(self, x: Tensor, z: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:

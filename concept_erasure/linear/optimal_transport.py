@@ -34,7 +34,7 @@ def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _trace(matrix: Tensor) -> Tensor:
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.einsum("...ii->...", matrix)
 
 
 def is_positive_definite(A: Tensor) -> Tensor:
@@ -46,7 +46,8 @@ def is_positive_definite(A: Tensor) -> Tensor:
     Returns:
         Boolean tensor of shape ``[...]``.
     """
-    return torch.linalg.cholesky_ex(A).info == 0
+    info: Tensor = torch.linalg.cholesky_ex(A).info
+    return info == 0
 
 
 def psd_sqrt(A: Tensor) -> Tensor:

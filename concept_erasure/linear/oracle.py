@@ -47,7 +47,8 @@ def oracle_coefficients(sigma_xz: Tensor, sigma_zz: Tensor, *, rtol: float | Non
     scale = torch.where(variance > 0, variance.rsqrt(), torch.zeros_like(variance))
     rtol = RELATIVE_TOLERANCE if rtol is None else rtol
     correlation = scale[:, None] * sigma_zz * scale
-    return (sigma_xz * scale) @ torch.linalg.pinv(correlation, rtol=rtol, hermitian=True) * scale
+    inverse: Tensor = torch.linalg.pinv(correlation, rtol=rtol, hermitian=True)
+    return (sigma_xz * scale) @ inverse * scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +306,10 @@ class OracleFitter:
                 self.mean_z.clone(),
                 self.classes,
                 config=OracleConfig(shrinkage=self.shrinkage, svd_tol=self.svd_tol),
-                report={"n": self.n, "residual": float(left_over / sigma_xz.norm().clamp_min(tiny))},
+                report={
+                    "n": self.n,
+                    "residual": float(left_over / sigma_xz.norm().clamp_min(tiny)),
+                },
             )
         return self._eraser
 
@@ -322,5 +326,7 @@ def _columns(z: Tensor, n: int, c: int, classes: Tensor | None) -> Tensor:
     match = z.reshape(n, 1).long() == known
     unknown = z.reshape(n)[~match.any(1)]
     if len(unknown):
-        raise ValueError(f"unknown class ids {unknown.unique().tolist()[:5]}; known: {known.tolist()}")
+        raise ValueError(
+            f"unknown class ids {unknown.unique().tolist()[:5]}; known: {known.tolist()}"
+        )
     return match.double()

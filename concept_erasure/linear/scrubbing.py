@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -26,7 +26,7 @@ from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from concept_erasure.edit import Edit, HookPatch
-from concept_erasure.eraser import Eraser, RepresentationEraser
+from concept_erasure.eraser import RepresentationEraser
 from concept_erasure.errors import EditError, FormatError, ShapeError, SiteNotFoundError
 from concept_erasure.labels import LabelKind, encode_labels
 from concept_erasure.linear.leace import ErasureMethod, LeaceFitter
@@ -331,12 +331,10 @@ class _Run:
         if self.block is None:
             self.base(**self.batches[i].inputs, **self.options)
         else:
-            self._step(i)
+            self._step(i, self.block)
 
-    def _step(self, i: int) -> Tensor:
-        assert self.block is not None
-        module = self.model.get_submodule(self.blocks[self.block])
-        return self.calls[i][self.block](module, self.states[i])
+    def _step(self, i: int, block: int) -> Tensor:
+        return self.calls[i][block](self.model.get_submodule(self.blocks[block]), self.states[i])
 
     @contextmanager
     def scrubbed(self) -> Iterator[None]:
@@ -367,7 +365,7 @@ class _Run:
 
     def fit(self, site: Site) -> None:
         """Fit the eraser of a site on activations that the earlier erasers have cleaned."""
-        fitter: LeaceFitter | None = None
+        fitters: list[LeaceFitter] = []  # made from the first activation, which tells the width
         seen: list[Tensor] = []
 
         def collect(x: Tensor) -> None:
@@ -378,23 +376,20 @@ class _Run:
             handle = hook(self.model, site, collect)
             try:
                 for i, batch in enumerate(self.batches):
-                    try:
+                    with suppress(_Reached):
                         self.forward(i)
-                    except _Reached:
-                        pass
                     x = seen.pop()
                     if x.shape[:-1] != batch.mask.shape:
                         raise ShapeError(
                             f"site {site.name!r} gives {tuple(x.shape)} for tokens "
                             f"{tuple(batch.mask.shape)}; choose a site with one vector per token"
                         )
-                    if fitter is None:
-                        fitter = self._fitter(x, batch.labels)
-                    fitter.update(x[batch.mask.to(x.device)], batch.labels.to(x.device))
+                    if not fitters:
+                        fitters.append(self._fitter(x, batch.labels))
+                    fitters[0].update(x[batch.mask.to(x.device)], batch.labels.to(x.device))
             finally:
                 handle.remove()
-        assert fitter is not None
-        self.done.append((site, fitter.eraser))
+        self.done.append((site, fitters[0].eraser))
 
     def _fitter(self, x: Tensor, labels: Tensor) -> LeaceFitter:
         return LeaceFitter(
@@ -408,7 +403,7 @@ class _Run:
 
     def advance(self, site: Site) -> None:
         """Bring the kept states to the block that holds the site; outside of blocks, drop them."""
-        if not self.calls and self.block is None and not self.blocks:
+        if not self.blocks:
             found = find_sites(self.model).values()
             self.blocks = [s.module for s in found if s.kind == "residual"]
         inside = [
@@ -425,7 +420,7 @@ class _Run:
         with self.scrubbed():
             while self.block < inside[0]:
                 for i in range(len(self.batches)):
-                    self.states[i] = self._step(i)
+                    self.states[i] = self._step(i, self.block)
                 self.block += 1
 
     def _capture(self) -> None:
@@ -440,10 +435,7 @@ class _Run:
                     before = _recorder(path, calls, link, self.states)
                     handle = module.register_forward_pre_hook(before, with_kwargs=True)
                     stack.callback(handle.remove)
-                    after = module.register_forward_hook(
-                        lambda _, __, output: link.__setitem__(slice(None), [_first(output)])
-                    )
-                    stack.callback(after.remove)
+                    stack.callback(module.register_forward_hook(_keep_last(link)).remove)
                 self.forward(i)
             if len(calls) != len(self.blocks):
                 raise _not_a_chain(f"{len(calls)} calls of {len(self.blocks)} blocks")
@@ -470,6 +462,15 @@ def _recorder(
         calls.append(_Call(args[1:], rest, name))
 
     return before
+
+
+def _keep_last(link: list[Tensor]) -> Callable[[nn.Module, object, object], None]:
+    """Return a hook that keeps the latest output."""
+
+    def after(_: nn.Module, __: object, output: object) -> None:
+        link[:] = [_first(output)]
+
+    return after
 
 
 def _not_a_chain(reason: str) -> EditError:
@@ -542,7 +543,7 @@ def _batches(
         lengths = mask.sum(1).tolist()
         if counts is None:
             chosen = labels[first : first + size]
-            rows = chosen.repeat_interleave(torch.tensor(lengths), dim=0)
+            rows = chosen.repeat_interleave(mask.sum(1).to(chosen.device), dim=0)
         else:
             _check_lengths(lengths, counts[first : first + size], first)
             rows = labels[start : start + sum(lengths)]

@@ -113,9 +113,7 @@ class SplinceEraser(RepresentationEraser):
         Warns:
             ErasureWarning: If z is not correlated with x; the eraser is then the identity.
         """
-        config = SplinceConfig(
-            affine=affine, shrinkage=shrinkage, min_angle=min_angle, rtol=rtol
-        )
+        config = SplinceConfig(affine=affine, shrinkage=shrinkage, min_angle=min_angle, rtol=rtol)
         data, z, space = _read(x, z)
         if y is None:
             raise ValueError("task labels are missing: give y, or use LeaceEraser to keep nothing")
@@ -168,9 +166,7 @@ class SplinceEraser(RepresentationEraser):
                 ErasureWarning,
                 stacklevel=3,
             )
-        return cls(
-            left, right.T.contiguous(), center, config=config, space=space, report=report
-        )
+        return cls(left, right.T.contiguous(), center, config=config, space=space, report=report)
 
     @classmethod
     def _optional_tensors(cls) -> set[str]:
@@ -242,6 +238,7 @@ def splince_factors(
 
 def _basis(columns: Tensor, rtol: float) -> Tensor:
     """Return an orthonormal basis of the column space, shape ``(rows, rank)``."""
+    left: Tensor
     left, strength, _ = torch.linalg.svd(columns, full_matrices=False)
     floor = rtol * strength[:1].sum()
     noise = torch.finfo(columns.dtype).eps * len(columns)  # columns are canonical correlations
@@ -281,4 +278,5 @@ def _columns(labels: object, data: Tensor, kind: LabelKind) -> Tensor:
     values = encoded.values.to(data.device)
     if values.ndim == 2:
         return values
-    return torch.nn.functional.one_hot(values, encoded.width)
+    columns: Tensor = torch.nn.functional.one_hot(values, encoded.width)
+    return columns

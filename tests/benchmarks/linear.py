@@ -53,8 +53,13 @@ def exactness(reference: dict[str, object]) -> list[Row]:
             eraser = LeaceEraser.fit(case.x, case.z, method=method, z_kind="continuous")
             factors = eraser.map.to(dtype=kind)
             got = residual(factors.left, factors.right.T, case)
-            row: Row = {"case": case.name, "method": method, "residual": got, "bound": case.bound,
-                        "met": got <= case.bound}
+            row: Row = {
+                "case": case.name,
+                "method": method,
+                "residual": got,
+                "bound": case.bound,
+                "met": got <= case.bound,
+            }
             if method == "leace" and case.name in reference:
                 row["reference"] = reference[case.name]
             rows.append(row)
@@ -64,7 +69,12 @@ def exactness(reference: dict[str, object]) -> list[Row]:
 def goal(name: str, value: float, bound: float, *, at_least: bool) -> Row:
     """Return a row of the goals table."""
     met = value >= bound if at_least else value <= bound
-    return {"goal": name, "value": value, "want": f"{'>=' if at_least else '<='} {bound:g}", "met": met}
+    return {
+        "goal": name,
+        "value": value,
+        "want": f"{'>=' if at_least else '<='} {bound:g}",
+        "met": met,
+    }
 
 
 def statistics() -> list[Row]:
@@ -93,7 +103,9 @@ def ours_at(width: int) -> tuple[dict[str, float], torch.Tensor]:
     return {"fit": fit, "eraser": step}, fitter.eraser(x[:512])
 
 
-def run_reference(folder: str, work: Path, threads: int) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+def run_reference(
+    folder: str, work: Path, threads: int
+) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     """Run the reference in a child process; return its numbers and outputs."""
     script = Path(__file__).with_name("linear_reference.py")
     out_json, out_tensors = work / "reference.json", work / "reference.safetensors"
@@ -103,7 +115,9 @@ def run_reference(folder: str, work: Path, threads: int) -> tuple[dict[str, obje
     return json.loads(out_json.read_text()), load_file(out_tensors)
 
 
-def compare(reference: dict[str, object], outputs: dict[str, torch.Tensor]) -> tuple[list[Row], Row]:
+def compare(
+    reference: dict[str, object], outputs: dict[str, torch.Tensor]
+) -> tuple[list[Row], Row]:
     """Return the goals against the reference, and the CPU seconds behind them."""
     rows, seconds = [], {}
     for width in WIDTHS:
@@ -114,9 +128,13 @@ def compare(reference: dict[str, object], outputs: dict[str, torch.Tensor]) -> t
         seconds[str(width)] = {"ours": ours, "reference": theirs}
         step, fit = theirs["eraser"] / ours["eraser"], theirs["fit"] / ours["fit"]
         if width == 2048:
-            rows.append(goal(f"eraser step, reference / ours, d = {width}", step, 20, at_least=True))
+            rows.append(
+                goal(f"eraser step, reference / ours, d = {width}", step, 20, at_least=True)
+            )
         least = 2.0 if width == 2048 else 1.0
-        rows.append(goal(f"whole fit, reference / ours, {ROWS} x {width}", fit, least, at_least=True))
+        rows.append(
+            goal(f"whole fit, reference / ours, {ROWS} x {width}", fit, least, at_least=True)
+        )
         gap = float((erased - outputs[str(width)]).abs().max())
         rows.append(goal(f"largest difference of outputs, d = {width}", gap, 1e-10, at_least=False))
     return rows, seconds
@@ -155,9 +173,14 @@ def main() -> int:
     print(table(exact), table(goals), sep="\n\n")
     met = all(bool(row["met"]) for row in [*exact, *goals])
     result = {
-        "met": met, "exactness": exact, "goals": goals, "cpu_seconds": seconds,
-        "torch": torch.__version__, "python": platform.python_version(),
-        "machine": platform.machine(), "threads": options.threads,
+        "met": met,
+        "exactness": exact,
+        "goals": goals,
+        "cpu_seconds": seconds,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": options.threads,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

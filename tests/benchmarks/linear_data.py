@@ -55,7 +55,9 @@ def cases() -> list[Case]:
         for scale in (1e-6, 1e-3, 1e3, 1e6):
             target = (base[:, :3] ** 2 + base[:, 1:4]) * scale
             found.append(Case(f"{kind}, labels x {scale:g}", base.to(dtype), target, bound))
-        found.append(Case(f"{kind}, d = 4 n", wide.to(dtype), torch.stack([1 - few, few], 1), bound))
+        found.append(
+            Case(f"{kind}, d = 4 n", wide.to(dtype), torch.stack([1 - few, few], 1), bound)
+        )
     return found
 
 

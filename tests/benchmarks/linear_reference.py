@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import concept_erasure
 import torch
 from linear_data import ROWS, cases, features, residual
 from safetensors.torch import save_file
+
+import concept_erasure
 
 
 def main() -> None:

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from concept_erasure.errors import EditError, ErasureWarning, ShapeError, SiteNotFoundError, SpaceError
+from concept_erasure.errors import (
+    EditError,
+    ErasureWarning,
+    ShapeError,
+    SiteNotFoundError,
+    SpaceError,
+)
 from concept_erasure.linear import leace
 from concept_erasure.linear.leace import LeaceEraser, LeaceFitter
 from concept_erasure.testing import ToyModel
@@ -281,8 +287,14 @@ def test_wrong_width_when_erasing() -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"method": "nonsense"}, {"rank": 0}, {"rank": -1}, {"svd_tol": -1.0}, {"shrinkage": "nonsense"},
-     {"strength": float("nan")}],
+    [
+        {"method": "nonsense"},
+        {"rank": 0},
+        {"rank": -1},
+        {"svd_tol": -1.0},
+        {"shrinkage": "nonsense"},
+        {"strength": float("nan")},
+    ],
     ids=str,
 )
 def test_options_out_of_range(option: dict[str, object]) -> None:
@@ -341,9 +353,7 @@ def test_another_space_is_refused() -> None:
     x, z = sample(N, D, 2)
     with torch.no_grad():
         states = model.block(model.encoder(x))
-    space = Space(
-        model="toy", fingerprint=fingerprint(model), site="block", tokens="all", width=D
-    )
+    space = Space(model="toy", fingerprint=fingerprint(model), site="block", tokens="all", width=D)
     eraser = LeaceEraser.fit(Representations(x=states, z=z, space=space))
     assert eraser.space == space
     with eraser.attach(model):
@@ -380,9 +390,8 @@ def test_a_site_of_another_width() -> None:
     x, z = sample(N, D + 1, 2)
     model = ToyModel(D)
     eraser = LeaceEraser.fit(x, z)
-    with pytest.raises((ShapeError, SpaceError), match="(?s)8.*9|9.*8"), torch.no_grad():
-        with eraser.attach(model, sites=["block"]):
-            model(x[:, :D])
+    with pytest.raises((ShapeError, SpaceError), match="(?s)8.*9|9.*8"):
+        eraser.attach(model, sites=["block"])
 
 
 def test_edit_that_matches_nothing() -> None:

@@ -187,7 +187,10 @@ def test_batches_do_not_matter() -> None:
 def test_large_offset_costs_nothing() -> None:
     x, z = classes(2)
     torch.testing.assert_close(
-        QuadraticFitter.fit(x + 1e6, z).sigma_xx, QuadraticFitter.fit(x, z).sigma_xx, rtol=1e-6, atol=0
+        QuadraticFitter.fit(x + 1e6, z).sigma_xx,
+        QuadraticFitter.fit(x, z).sigma_xx,
+        rtol=1e-6,
+        atol=0,
     )
 
 

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from concept_erasure.errors import EditError, FormatError, ShapeError, SiteNotFoundError
+from concept_erasure.linear.leace import LeaceEraser
+from concept_erasure.linear.scrubbing import ConceptScrubber, random_scrub
+from concept_erasure.sites import find_sites, hook
+from concept_erasure.utils import assert_type, is_norm_layer, mangle_module_path
+from tests.models import TinyTokenizer, tiny
+
+CAUSAL = ["llama", "gemma2", "gemma3", "qwen2", "mistral", "gpt2", "gpt_neox"]
+WORDS = [
+    "sun",
+    "moon",
+    "sea",
+    "tree",
+    "bird",
+    "stone",
+    "river",
+    "cloud",
+    "fire",
+    "snow",
+    "leaf",
+    "wind",
+]
+
+
+def corpus(n: int = 24) -> tuple[list[str], list[int]]:
+    g = torch.Generator().manual_seed(0)
+    texts, labels = [], []
+    for i in range(n):
+        picks = torch.randint(0, len(WORDS), (int(torch.randint(3, 9, (1,), generator=g)),))
+        texts.append(" ".join([WORDS[int(p)] for p in picks] + ["he" if i % 2 else "she"]))
+        labels.append(i % 2)
+    return texts, labels
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.arange(4, 16).view(2, 6)
+    with torch.no_grad():
+        out: Tensor = model(input_ids=ids).logits
+    return out
+
+
+def class_gap(model: nn.Module, site: str, texts: list[str], labels: list[int]) -> float:
+    """Return the distance of the class means of all real tokens at a site, relative to the mean norm."""
+    seen: list[Tensor] = []
+    inputs = TinyTokenizer("left")(texts, padding=True, return_tensors="pt")
+    handle = hook(model, find_sites(model)[site], lambda x: seen.append(x))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    mask = inputs["attention_mask"].bool()
+    z = torch.tensor(labels)[:, None].expand(mask.shape)[mask]
+    x = seen[0][mask].double()
+    return float((x[z == 0].mean(0) - x[z == 1].mean(0)).norm() / x.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_cached_and_uncached_give_the_same_erasers(kind: str) -> None:
+    texts, labels = corpus()
+    model = tiny(kind)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    expected = logits(model)
+    tokenizer = TinyTokenizer("left")
+    fast = ConceptScrubber.fit(model, tokenizer, texts, labels)
+    slow = ConceptScrubber.fit(model, tokenizer, texts, labels, cached=False)
+    assert len(fast.erasers) == sum(s.startswith(("norm1", "norm2")) for s in find_sites(model))
+    assert list(fast.erasers) == list(slow.erasers)
+    for key, eraser in fast.erasers.items():
+        assert isinstance(eraser, LeaceEraser)
+        other = assert_type(LeaceEraser, slow.erasers[key])
+        torch.testing.assert_close(eraser.P, other.P, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(eraser.bias, other.bias, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits(model), expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_every_site_is_guarded_when_all_erasers_work(kind: str) -> None:
+    texts, labels = corpus()
+    model = tiny(kind)
+    scrubber = ConceptScrubber.fit(model, TinyTokenizer("left"), texts, labels)
+    sites = [name for name in find_sites(model) if name.startswith(("norm1", "norm2"))]
+    assert max(class_gap(model, site, texts, labels) for site in sites) > 1e-2
+    with scrubber.scrub(model) as same:
+        assert same is scrubber
+        gaps = [class_gap(model, site, texts, labels) for site in sites]
+    assert max(gaps) < 1e-4
+    with scrubber.attach(model):
+        again = [class_gap(model, site, texts, labels) for site in sites]
+    assert max(again) < 1e-4
+
+
+def test_later_erasers_see_scrubbed_activations() -> None:
+    texts, labels = corpus()
+    model = tiny("llama")
+    both = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites=["norm1.0", "norm1.2"])
+    alone = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.2")
+    key = "layers-2-input_layernorm"
+    assert list(both.erasers) == ["layers-0-input_layernorm", key]
+    difference = both.erasers[key].map.matrix - alone.erasers[key].map.matrix
+    assert difference.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "sites", ["residual.*", ["embedding", "attention.1", "value.1", "norm.final"]]
+)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_any_sites_in_any_order(kind: str, sites: str | list[str]) -> None:
+    texts, labels = corpus()
+    model = tiny(kind)
+    given = sites if isinstance(sites, str) else sites[::-1]
+    fast = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites=given)
+    slow = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites=sites, cached=False)
+    assert list(fast.erasers) == list(slow.erasers)
+    for key, eraser in fast.erasers.items():
+        other = slow.erasers[key].map.matrix
+        torch.testing.assert_close(eraser.map.matrix, other, rtol=1e-3, atol=1e-4)
+    with fast.scrub(model):
+        assert not torch.equal(logits(model), logits(tiny(kind)))
+
+
+def test_encoder_and_batch_size() -> None:
+    texts, labels = corpus(12)
+    model = tiny("bert")
+    one = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, batch_size=3)
+    two = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, batch_size=12, cached=False)
+    for key, eraser in one.erasers.items():
+        torch.testing.assert_close(
+            eraser.map.matrix, two.erasers[key].map.matrix, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_token_labels() -> None:
+    texts, _ = corpus(12)
+    tags = [["pron" if w in ("he", "she") else "noun" for w in t.split()] for t in texts]
+    model = tiny("llama")
+    scrubber = ConceptScrubber.fit(model, TinyTokenizer("left"), texts, tags, sites="norm1.0")
+    (eraser,) = scrubber.erasers.values()
+    assert eraser.map.rank == 1
+    with pytest.raises(ShapeError, match="text 0 has"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, [tags[0][:-1], *tags[1:]])
+    with pytest.raises(ShapeError, match="12 texts and token labels for 11"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, tags[1:])
+
+
+def test_training_modes_are_restored_also_after_an_error() -> None:
+    texts, labels = corpus(8)
+    model = tiny("llama").train()
+    model.get_submodule("model.layers.1").eval()
+    modes = [m.training for m in model.modules()]
+    ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.1")
+    assert [m.training for m in model.modules()] == modes
+    with pytest.raises(SiteNotFoundError, match="0 times"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="lm_head")
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_pre_hook_erases_the_input() -> None:
+    model = tiny("llama")
+    scrubber = ConceptScrubber(pre_hook=True)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 32, generator=g)
+    scrubber.erasers["layers-1-input_layernorm"] = LeaceEraser.fit(x, x[:, 0] > 0)
+    scrubber.erasers["norm2.1"] = LeaceEraser.fit(x, x[:, 1] > 0)
+    seen: list[str] = []
+    with scrubber.apply_hook(model, lambda key, _: seen.append(key)):
+        logits(model)
+    assert seen == list(scrubber.erasers)
+    with scrubber.scrub(model):
+        changed = logits(model)
+    assert not torch.equal(changed, logits(model))
+
+
+def test_hooks_go_also_after_an_error() -> None:
+    texts, labels = corpus(8)
+    model = tiny("gpt2")
+    scrubber = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.*")
+    with pytest.raises(RuntimeError, match="stop"), scrubber.scrub(model):
+        raise RuntimeError("stop")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with scrubber.scrub(model.get_submodule("transformer")):  # without the head
+        pass
+    scrubber.erasers["layers-9-norm"] = next(iter(scrubber.erasers.values()))
+    with pytest.raises(SiteNotFoundError), scrubber.scrub(model):
+        pass
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    texts, labels = corpus(8)
+    model = tiny("llama")
+    scrubber = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.*")
+    loaded = ConceptScrubber.from_pretrained(scrubber.save_pretrained(tmp_path / "s"))
+    with scrubber.scrub(model):
+        expected = logits(model)
+    with loaded.scrub(model):
+        assert torch.equal(logits(model), expected)
+    (tmp_path / "s" / "scrubber.json").write_text("[]")
+    with pytest.raises(FormatError, match="index"):
+        ConceptScrubber.from_pretrained(tmp_path / "s")
+    with pytest.raises(FileNotFoundError, match=r"scrubber\.json"):
+        ConceptScrubber.from_pretrained(tmp_path)
+
+
+class _Twisted(nn.Module):
+    """A block whose output the model changes before the next one reads it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x: Tensor = self.inner.get_submodule("model.embed_tokens")(input_ids)
+        for layer in self.inner.get_submodule("model.layers"):
+            x = layer.get_submodule("input_layernorm")(x) + 1
+        return x
+
+
+def test_models_that_are_no_chain_are_refused() -> None:
+    texts, labels = corpus(8)
+    model = _Twisted(tiny("llama"))
+    with pytest.raises(EditError, match="use cached=False"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.*")
+    slow = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.*", cached=False)
+    assert len(slow.erasers) == 3
+
+
+def test_random_control() -> None:
+    model = tiny("llama")
+    clean = logits(model)
+    state = torch.get_rng_state()
+    with random_scrub(model, 2, seed=1):
+        first, second = logits(model), logits(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first, clean)
+    assert not torch.equal(first, second)
+    with random_scrub(model, 2, sites="norm1.*", seed=1):
+        logits(model)
+    assert torch.equal(logits(model), clean)
+    with pytest.raises(ValueError, match="subspace_dim"), random_scrub(model, 33):
+        logits(model)
+
+
+def test_bad_texts_and_labels() -> None:
+    texts, labels = corpus(8)
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="texts"):
+        ConceptScrubber.fit(model, TinyTokenizer(), [], [])
+    with pytest.raises(ShapeError, match="8 rows"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, labels[:-1])
+    with pytest.raises(ValueError, match="batch_size"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, batch_size=0)
+
+
+def test_utils() -> None:
+    assert assert_type(int, 3) == 3
+    with pytest.raises(TypeError, match="Expected str, got int"):
+        assert_type(str, 3)
+    assert is_norm_layer(nn.LayerNorm(2))
+    assert not is_norm_layer(nn.Linear(2, 2))
+    assert mangle_module_path("a.0.b") == "a-0-b"
+    with pytest.raises(ValueError, match="reserve"):
+        mangle_module_path("a-b")
