@@ -185,6 +185,12 @@ class Report:
     sections: Sequence[Report] = ()
     images: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Keep copies, so that reports with the same content are equal."""
+        object.__setattr__(self, "rows", tuple(dict(row) for row in self.rows))
+        object.__setattr__(self, "notes", tuple(self.notes))
+        object.__setattr__(self, "sections", tuple(self.sections))
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column name, in order of first appearance."""

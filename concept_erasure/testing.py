@@ -202,7 +202,12 @@ class EraserBattery:
         if self.fit is not None:
             return self.fit(x, z)
         fit = cast("Callable[..., RepresentationEraser]", self.eraser_class.fit)  # type: ignore[attr-defined]
-        labels = (z,) if self.task is None else (z, self.task(x))
+        labels = [z]
+        if (
+            self.task is not None
+        ):  # finite task labels also beside spoiled x, so that x is what is refused
+            finite = torch.nan_to_num(x, 0, 0, 0) if isinstance(x, Tensor) else z.double()[:, None]
+            labels.append(self.task(finite))
         return fit(x, *labels, **self.method.options)
 
     def _call(self, eraser: RepresentationEraser, x: Tensor, z: Tensor) -> Tensor:

@@ -264,8 +264,10 @@ def _probe_table(
     """Return one row for every site and probe."""
     rows: list[dict[str, Cell]] = []
     for site in sites:
-        old = {split: read[site] for split, read in before.items() if split != "fit"}
-        new = {split: read[site] for split, read in after.items()}
+        old: dict[Split, Tensor] = {
+            split: read[site] for split, read in before.items() if split != "fit"
+        }
+        new: dict[Split, Tensor] = {split: read[site] for split, read in after.items()}
         rows += [{"site": site, **row} for row in probe_rows(old, new, data, seed)]
     return rows
 

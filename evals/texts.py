@@ -15,6 +15,7 @@ from typing import Literal
 
 __all__ = [
     "CUES",
+    "EVEN_ODDS",
     "ENDINGS",
     "NEUTRAL_SENTENCES",
     "ODDS",
@@ -32,9 +33,11 @@ __all__ = [
 Split = Literal["fit", "probe", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "probe", "test")
 
-# How often a profession of each lean is described as a woman. Stated, not estimated: the lists are a
-# stereotype to be measured, not a fact about the world.
+# How often a profession of each lean is described as a woman in the texts of the fit. Stated, not
+# estimated: the lists are a stereotype to be measured, not a fact about the world.
 ODDS: dict[str, float] = {"feminine": 0.75, "even": 0.5, "masculine": 0.25}
+# In the other splits, where probes could otherwise read the profession instead of the gender.
+EVEN_ODDS: dict[str, float] = dict.fromkeys(ODDS, 0.5)
 
 # split -> lean -> professions
 PROFESSIONS: dict[Split, dict[str, tuple[str, ...]]] = {
@@ -298,8 +301,9 @@ def _check(split: str) -> None:
 
 
 def gender_texts(split: Split, n: int, *, seed: int = 0) -> list[GenderText]:
-    """Return ``n`` different texts of a split; gender follows the odds of the profession.
+    """Return ``n`` different texts of a split.
 
+    In ``fit`` gender follows the profession at :data:`ODDS`, elsewhere at :data:`EVEN_ODDS`.
     Cues have about equal shares, and exactly half of the texts (rounded up) are feminine.
 
     Args:
@@ -316,6 +320,7 @@ def gender_texts(split: Split, n: int, *, seed: int = 0) -> list[GenderText]:
     _check(split)
     if n < 2:
         raise ValueError(f"n must be at least 2, got {n}")
+    odds = ODDS if split == "fit" else EVEN_ODDS
     rng = random.Random(f"{seed}-{split}")  # noqa: S311 texts, not secrets
     jobs, found, seen = _jobs(split), [], set[str]()
     wanted = [(n + 1) // 2, n // 2]
@@ -325,7 +330,7 @@ def gender_texts(split: Split, n: int, *, seed: int = 0) -> list[GenderText]:
             break
         cue = next(cues)
         job, lean = rng.choice(jobs)
-        gender = 0 if rng.random() < ODDS[lean] else 1
+        gender = 0 if rng.random() < odds[lean] else 1
         template = rng.choice(TEMPLATES[split][cue])
         word, end = rng.choice(CUES[cue])[gender], rng.choice(ENDINGS[split])
         text = _render(template, job, word, end, rng)

@@ -57,12 +57,15 @@ class GroupedTensor:
     def map(self, fn: Callable[[int, Tensor], Tensor]) -> GroupedTensor:
         """Apply ``fn(label, piece)`` to every piece and return the results as a new split."""
         return GroupedTensor(
-            self.dim, [fn(label, group) for label, group in self], self.indices, self.labels
+            self.dim,
+            [fn(label, group) for label, group in self] if self.labels else self.groups,
+            self.indices,
+            self.labels,
         )
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(label, piece)`` in ascending order of the label."""
-        return iter(zip(self.labels, self.groups, strict=True))
+        return iter(zip(self.labels, self.groups, strict=bool(self.labels)))
 
 
 def groupby(x: Tensor, key: Tensor, dim: int = 0, *, stable: bool = False) -> GroupedTensor:
@@ -96,6 +99,8 @@ def groupby(x: Tensor, key: Tensor, dim: int = 0, *, stable: bool = False) -> Gr
         )
     ordered, indices = key.to(device=x.device, dtype=torch.int64).sort(stable=stable)
     labels, counts = ordered.unique_consecutive(return_counts=True)
+    if len(key) == 0:  # one empty piece keeps the shape; it belongs to no label
+        return GroupedTensor(dim, [x], indices, [])
     pieces = x.index_select(dim, indices).split(counts.tolist(), dim=dim)
     return GroupedTensor(dim, pieces, indices, labels.tolist())
 

@@ -80,7 +80,13 @@ def whitened_concept(sigma_xz: Tensor, sigma_zz: Tensor) -> Tensor:
 
 
 def erasing_factors(
-    metric: MetricSolver | None, concept: Tensor, *, rtol: float, rank: int | None = None
+    concept: Tensor,
+    whitened: Tensor,
+    solved: Tensor,
+    *,
+    rtol: float,
+    rank: int | None = None,
+    relative: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(left, right, strengths)`` of the guarding projection ``P = I - left right^T``.
 
@@ -89,27 +95,29 @@ def erasing_factors(
     positive definite S.
 
     Args:
-        metric: Solver for the covariance S; None is the identity (orthogonal projection).
         concept: Output of `whitened_concept`, shape ``(d, q)``.
-        rtol: Directions are kept whose canonical correlation (without a metric: whose singular value
-            relative to the largest) exceeds this.
+        whitened: ``S^{-1/2} concept`` up to a rotation from the left; its singular values are the strengths.
+        solved: ``S^+ concept``, shape ``(d, q)``. With S the identity all three are the same tensor, and the
+            projection is orthogonal.
+        rtol: Directions are kept whose strength exceeds this.
         rank: Keep at most this many, strongest first.
+        relative: Divide the strengths by the largest first (they are not correlations without a metric).
 
     Returns:
         Factors of shape ``(d, r)`` and all q strengths, strongest first.
     """
-    whitened = concept if metric is None else metric.whiten(concept)
     strengths, vectors = torch.linalg.svd(whitened, full_matrices=False)[1:]
-    if metric is None and len(strengths):
+    if relative and len(strengths):
         strengths = strengths / strengths[0].clamp_min(torch.finfo(strengths.dtype).tiny)
     kept = strengths > rtol
     if rank is not None:
         kept = kept & (torch.arange(len(kept), device=kept.device) < rank)
-    directions = concept @ vectors[kept].T
-    left = torch.linalg.qr(directions / directions.norm(dim=0))[0]
-    if metric is None:
+    size = (concept @ vectors[kept].T).norm(dim=0)
+    coordinates = vectors[kept].T / size
+    left, triangle = torch.linalg.qr(concept @ coordinates)
+    if solved is concept:
         return left, left, strengths
-    right = metric(left)
+    right = torch.linalg.solve_triangular(triangle, solved @ coordinates, upper=True, left=False)
     for _ in range(2):  # the second pass removes the rounding of the first
         right = torch.linalg.solve(left.T @ right, right, left=False)
     return left, right, strengths
@@ -471,29 +479,77 @@ class LeaceFitter:
     def _solve(self) -> LeaceEraser:
         self._need_rows()
         config, moments = self.config, self._moments
-        eps = torch.finfo(moments.count.dtype).eps
-        rtol = config.svd_tol or max(moments.rows, self.x_dim) * eps
-        metric = MetricSolver(self.sigma_xx) if config.method == "leace" else None
-        concept = whitened_concept(moments.sigma_xz, moments.sigma_zz)
-        left, right, strengths = erasing_factors(metric, concept, rtol=rtol, rank=config.rank)
+        rtol = (
+            config.svd_tol or max(moments.rows, self.x_dim) * torch.finfo(moments.count.dtype).eps
+        )
+        sigma = None if config.method == "orth" else moments.sigma_xx
+        if sigma is not None and self.shrinks:
+            sigma = optimal_linear_shrinkage(sigma, moments.n, inplace=True)
+        metric = None if sigma is None else MetricSolver(sigma)
+        rests = self._rests()
+        concepts = [whitened_concept(m.sigma_xz, m.sigma_zz) for m in (moments, *rests)]
+        (left, right, strengths), *others = self._factors(metric, concepts, rtol)
         center = moments.mean_x.clone() if config.affine else None
         map_ = LowRankAffine(left, right, center).scale(config.strength)
-        report = self._report(map_, metric, strengths, rtol)
+        report = self._report(map_)
+        if metric is not None and sigma is not None:
+            report["canonical_correlations"] = [
+                round(s, 12) for s in strengths[: map_.rank].tolist()
+            ]
+            moved = (map_.right.T @ sigma @ map_.right) * (map_.left.T @ map_.left)
+            trace = float(sigma.diagonal().sum())
+            report["edit_size"] = float(moved.sum()) / trace if trace else 0.0
+            report["condition"] = metric.condition
+        if rests:
+            maps = [LowRankAffine(lt, rt).scale(config.strength) for lt, rt, _ in others]
+            held = zip(maps, self._folds, strict=True)
+            report.update(_gap_entry([remaining_gap(m, fold.sigma_xz) for m, fold in held]))
         out = map_ if self.dtype is None else map_.to(dtype=self.dtype)
         self._warn(report)
         return LeaceEraser(
             out.left, out.right.T.contiguous(), out.center, config=config, report=report
         )
 
-    def _report(
-        self, map_: LowRankAffine, metric: MetricSolver | None, strengths: Tensor, rtol: float
-    ) -> dict[str, object]:
+    def _factors(
+        self, metric: MetricSolver | None, concepts: list[Tensor], rtol: float
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Solve for all concepts (the whole data, and each cross-fit) with one pass over the metric."""
+        rank = self.config.rank
+        if metric is None:
+            return [erasing_factors(c, c, c, rtol=rtol, rank=rank, relative=True) for c in concepts]
+        widths = [c.shape[1] for c in concepts]
+        stacked = torch.cat(concepts, 1)
+        parts = zip(
+            concepts,
+            metric.whiten(stacked).split(widths, 1),
+            metric(stacked).split(widths, 1),
+            strict=True,
+        )
+        return [erasing_factors(c, w, s, rtol=rtol, rank=rank) for c, w, s in parts]
+
+    def _rests(self) -> list[Moments]:
+        """Return the moments without each fold in turn; empty when rows are too few to cross-fit.
+
+        The metric stays that of all rows: any metric guards, so only the concept's directions must be unseen.
+        """
+        if self._moments.rows < 4 * FOLDS or any(float(fold.count) == 0 for fold in self._folds):
+            return []
+        rests = []
+        for held in range(FOLDS):
+            rest = self._folds[held]._empty()
+            for i, fold in enumerate(self._folds):
+                if i != held:
+                    rest.merge(fold)
+            rests.append(rest)
+        return rests
+
+    def _report(self, map_: LowRankAffine) -> dict[str, object]:
         moments = self._moments
         report: dict[str, object] = {
             "n": moments.rows,
             "rank": map_.rank,
             "residual": remaining_gap(map_, moments.sigma_xz),
-            "shrinkage": metric is not None and self.shrinks,
+            "shrinkage": self.config.method == "leace" and self.shrinks,
         }
         if self._categorical:
             shares = moments.mean_z.tolist()
@@ -501,38 +557,7 @@ class LeaceFitter:
             report["n_per_class"] = {
                 k: round(s * moments.n) for k, s in zip(names, shares, strict=True)
             }
-        if metric is not None:
-            sigma = moments.sigma_xx
-            moved = (map_.right.T @ sigma @ map_.right) * (map_.left.T @ map_.left)
-            report["canonical_correlations"] = [
-                round(s, 12) for s in strengths[: map_.rank].tolist()
-            ]
-            trace = float(sigma.diagonal().sum())
-            report["edit_size"] = float(moved.sum()) / trace if trace else 0.0
-            report["condition"] = metric.condition
-        report.update(self._cross_fit(metric, rtol))
         return report
-
-    def _cross_fit(self, metric: MetricSolver | None, rtol: float) -> dict[str, object]:
-        """Fit on four fifths and measure the gap on the rest; one small solve a fold.
-
-        The metric is that of all rows: any metric guards, so only the concept directions must be unseen.
-        """
-        if self._moments.rows < 4 * FOLDS:
-            return {}
-        gaps = []
-        for held in range(FOLDS):
-            rest = self._folds[0]._empty()
-            for i, fold in enumerate(self._folds):
-                if i != held:
-                    rest.merge(fold)
-            if float(rest.count) == 0 or float(self._folds[held].count) == 0:
-                return {}
-            concept = whitened_concept(rest.sigma_xz, rest.sigma_zz)
-            left, right, _ = erasing_factors(metric, concept, rtol=rtol, rank=self.config.rank)
-            fold_map = LowRankAffine(left, right).scale(self.config.strength)
-            gaps.append(remaining_gap(fold_map, self._folds[held].sigma_xz))
-        return _gap_entry(gaps)
 
     def _warn(self, report: dict[str, object]) -> None:
         if report["rank"] == 0:

@@ -13,6 +13,7 @@ labels are classes, not one number; statistics accumulate in float64.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 
 from concept_erasure.eraser import Eraser, EraserConfig
-from concept_erasure.errors import NotFittedError, ShapeError
-from concept_erasure.labels import encode_labels
+from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
+from concept_erasure.labels import as_tensor, encode_labels
 from concept_erasure.linalg import Moments, optimal_linear_shrinkage
 
 __all__ = ["OracleConfig", "OracleEraser", "OracleFitter", "oracle_coefficients"]
@@ -115,6 +116,7 @@ class OracleEraser(Eraser):
             ShapeError: If the shapes disagree with each other or with the fit.
             ValueError: If a class id was not seen when fitting.
         """
+        x, z = as_tensor(x), as_tensor(z, name="z")
         width, columns = self.coef.shape
         if x.ndim < 1 or x.shape[-1] != width:
             raise ShapeError(f"expected rows of width {width}, got x of shape {tuple(x.shape)}")
@@ -172,10 +174,14 @@ class OracleFitter:
 
         Raises:
             ShapeError: If the shapes disagree.
-            ValueError: If there are no rows, or values are not finite.
+            TypeError: If x or z do not hold numbers.
+            ValueError: If there are fewer than two rows, or values are not finite.
         """
-        if x.numel() == 0:
-            raise ValueError(f"there are no rows to fit on: x has shape {tuple(x.shape)}")
+        x, z = as_tensor(x), as_tensor(z, name="z")
+        if x.ndim < 2:
+            raise ShapeError(f"x must have shape (n, d) or (..., d), got {tuple(x.shape)}")
+        if (rows_given := x.shape[:-1].numel()) < 2:
+            raise ValueError(f"at least 2 rows are needed to fit, got {rows_given}")
         rows = x.reshape(-1, x.shape[-1])
         classes: Tensor | None = None
         values = z.reshape(len(rows), -1) if z.ndim > 1 and z.shape != x.shape[:-1] else z.flatten()
@@ -301,6 +307,12 @@ class OracleFitter:
             coef = oracle_coefficients(sigma_xz, sigma_zz, rtol=self.svd_tol)
             left_over = (sigma_xz - coef @ (self._bessel() * self.moments.sigma_zz)).norm()
             tiny = torch.finfo(coef.dtype).tiny
+            if not bool(sigma_xz.any()):
+                warnings.warn(
+                    "x is not correlated with z (is the label constant?): the eraser is the identity",
+                    ErasureWarning,
+                    stacklevel=2,
+                )
             self._eraser = OracleEraser(
                 coef,
                 self.mean_z.clone(),

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from concept_erasure.eraser import Eraser, EraserConfig
 from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
+from concept_erasure.labels import as_tensor
 from concept_erasure.linalg import optimal_linear_shrinkage
 from concept_erasure.linear.groupby import groupby
 from concept_erasure.linear.optimal_transport import ot_barycenter, ot_map, ot_midpoint
@@ -194,8 +195,9 @@ class QuadraticFitter:
 
         The number of classes is the largest label plus one.
         """
-        if z.numel() == 0:
-            raise ValueError("there are no rows to fit on")
+        x, z = as_tensor(x), as_tensor(z, name="z")
+        if z.numel() < 2:
+            raise ValueError(f"at least 2 rows are needed to fit, got {z.numel()}")
         fitter = cls(
             x.shape[-1],
             int(z.max()) + 1,
@@ -248,6 +250,7 @@ class QuadraticFitter:
             ValueError: If a label is out of range or ``x`` holds NaN or infinities.
         """
         rows, labels = _rows(x, z, self.mean_x.shape[-1])
+        _check_finite(rows)
         for label, piece in groupby(rows, labels):
             self.update_single(piece, label)
         return self
@@ -259,8 +262,7 @@ class QuadraticFitter:
         rows = x.reshape(-1, x.shape[-1]).to(self.mean_x)
         if rows.shape[-1] != self.mean_x.shape[-1]:
             raise ShapeError(f"expected width {self.mean_x.shape[-1]}, got {rows.shape[-1]}")
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"class {z} holds NaN or infinite values; drop those rows")
+        _check_finite(rows)
         if len(rows) == 0:
             return self
         total = self.n[z] + len(rows)
@@ -289,9 +291,17 @@ class QuadraticFitter:
         """
         if self._eraser is None:
             sigma = self.sigma_xx
+            if self.num_classes == 1:
+                warnings.warn(
+                    "there is one class only (is the label constant?): the eraser is the identity",
+                    ErasureWarning,
+                    stacklevel=2,
+                )
             prior = self.n / self.n.sum()
             center = _barycenter(sigma, prior)
             maps = ot_map(sigma, center)
+            if self.num_classes == 1:
+                maps = torch.eye(len(center)).to(maps)[None]
             sample = self.sigma_xx_ / (self.n.view(-1, 1, 1) - 1)
             spread = (maps @ sample @ maps - center).flatten(1).norm(dim=1).max()
             size = center.norm().clamp_min(torch.finfo(center.dtype).tiny)
@@ -351,11 +361,20 @@ def _check_class(z: int, k: int) -> None:
         raise ValueError(f"class {z} is out of range; the fitted classes are 0 .. {k - 1}")
 
 
+def _check_finite(rows: Tensor) -> None:
+    bad = (~torch.isfinite(rows)).any(1).nonzero()[:, 0]
+    if len(bad):
+        raise ValueError(
+            f"x has {len(bad)} rows with NaN or infinite values; the first is row {int(bad[0])}"
+        )
+
+
 def _rows(x: Tensor, z: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Return ``x`` as ``[n, d]`` and ``z`` as ``[n]``, or say how they disagree."""
+    x, z = as_tensor(x), as_tensor(z, name="z")
     if x.ndim < 1 or x.shape[-1] != width:
         raise ShapeError(f"expected rows of width {width}, got x of shape {tuple(x.shape)}")
-    rows = x.reshape(-1, width)
+    rows = x.reshape(x.shape[:-1].numel(), width)
     labels = z.reshape(-1)
     if len(labels) != len(rows):
         raise ShapeError(f"got {len(rows)} rows in x and {len(labels)} labels in z")

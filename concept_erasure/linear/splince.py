@@ -115,6 +115,7 @@ class SplinceEraser(RepresentationEraser):
         """
         config = SplinceConfig(affine=affine, shrinkage=shrinkage, min_angle=min_angle, rtol=rtol)
         data, z, space = _read(x, z)
+        _check_finite(data, mask)
         if y is None:
             raise ValueError("task labels are missing: give y, or use LeaceEraser to keep nothing")
         concept = _columns(z, data, z_kind)
@@ -266,7 +267,21 @@ def _read(x: object, z: object) -> tuple[Tensor, object, Space | None]:
     data = as_tensor(x)
     if data.ndim < 2:
         raise ShapeError(f"x must have shape (n, d) or (..., d); got {tuple(data.shape)}")
+    if (rows := data.shape[:-1].numel()) < 2:
+        raise ValueError(f"at least 2 rows are needed to fit, got {rows}")
     return data if data.is_floating_point() else data.double(), z, space
+
+
+def _check_finite(data: Tensor, mask: Tensor | None) -> None:
+    """Blame x before labels that were computed from it."""
+    bad = ~torch.isfinite(data).all(-1)
+    if mask is not None and mask.shape == bad.shape:
+        bad = bad & mask.to(bad)
+    rows = bad.flatten().nonzero()[:, 0]
+    if len(rows):
+        raise ValueError(
+            f"x has {len(rows)} rows that are not finite; the first is row {int(rows[0])}"
+        )
 
 
 def _columns(labels: object, data: Tensor, kind: LabelKind) -> Tensor:

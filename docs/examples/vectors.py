@@ -37,6 +37,7 @@ for start in range(0, 4000, 500):
     fitter.update(x[start : start + 500], one_hot[start : start + 500])
 gap = (fitter.eraser(x) - x_clean).abs().max()
 print(f"streamed and one-line fit differ by at most {gap:.1e}")
+assert gap < 1e-9
 
 # An eraser is a small folder: tensors, json, card.
 with tempfile.TemporaryDirectory() as folder:

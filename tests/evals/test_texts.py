@@ -75,13 +75,16 @@ def test_articles_fit() -> None:
             assert not re.search(r"\b[Aa]n [^aeiou]", item.text), item.text
 
 
-def test_bad_requests() -> None:
+def test_bad_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="split must be one of fit, probe, test"):
         gender_texts("train", 10)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 2"):
         gender_texts("fit", 1)
+    few = dict.fromkeys(CUES, ("The {job} saw {cue} {end}",))
+    monkeypatch.setitem(TEMPLATES, "test", few)
+    monkeypatch.setitem(PROFESSIONS, "test", {"even": ("poet",)})
     with pytest.raises(ValueError, match="ask for fewer"):
-        gender_texts("test", 20_000)
+        gender_texts("test", 200)
 
 
 def test_prompts() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from concept_erasure.eraser import Eraser
-from concept_erasure.errors import NotFittedError, ShapeError
+from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.linear.oracle import OracleEraser, OracleFitter, oracle_coefficients
 
 
@@ -120,7 +120,7 @@ def test_bad_input_raises() -> None:
     x, z = blobs()
     with pytest.raises(ShapeError, match="600 rows in x and 599 labels"):
         OracleEraser.fit(x, z[:-1])
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="at least 2 rows"):
         OracleEraser.fit(x[:0], z[:0])
     with pytest.raises(NotFittedError, match="at least 2 rows"):
         _ = OracleFitter(8, 2).eraser
@@ -131,3 +131,10 @@ def test_bad_input_raises() -> None:
     x[3, 2] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         OracleEraser.fit(x, z)
+
+
+def test_constant_label_warns() -> None:
+    x, z = blobs()
+    with pytest.warns(ErasureWarning, match="identity"):
+        eraser = OracleEraser.fit(x, torch.zeros_like(z))
+    assert torch.equal(eraser(x, torch.zeros_like(z)), x)

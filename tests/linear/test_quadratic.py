@@ -66,7 +66,7 @@ def test_barycentre_is_first_order_optimal() -> None:
     ks = covariances(3, 6)
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     mu = ot_barycenter(ks, weights).requires_grad_(True)
-    (weights * ot_distance(mu, ks).square()).sum().backward()  # type: ignore[no-untyped-call]
+    (weights * ot_distance(mu, ks).square()).sum().backward()
     assert mu.grad is not None
     assert mu.grad.abs().max() < 1e-8
     torch.testing.assert_close(ot_barycenter(ks, 7 * weights), mu.detach())
@@ -202,6 +202,14 @@ def test_shrinkage_warns_when_a_class_is_small() -> None:
     assert bool(is_positive_definite(shrunk).all())
 
 
+def test_one_class_warns_and_changes_nothing() -> None:
+    x, z = classes(2)
+    with pytest.warns(ErasureWarning, match="identity"):
+        eraser = QuadraticEraser.fit(x, torch.zeros_like(z))
+    torch.testing.assert_close(eraser(x, torch.zeros_like(z)), x)
+    assert eraser(x[:0], z[:0]).shape == (0, 5)
+
+
 def test_dtype_and_shape_are_kept() -> None:
     x, z = classes(2)
     low = x.to(torch.bfloat16).view(30, 30, 5)
@@ -223,7 +231,7 @@ def test_bad_input_raises() -> None:
         eraser(x, z[:-1])
     with pytest.raises(ShapeError, match="width 5"):
         eraser(x[:, :2], z)
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="at least 2 rows"):
         QuadraticEraser.fit(x[:0], z[:0])
     x[0, 0] = float("inf")
     with pytest.raises(ValueError, match="infinite"):

@@ -222,7 +222,7 @@ class _Twisted(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x: Tensor = self.inner.get_submodule("model.embed_tokens")(input_ids)
-        for layer in self.inner.get_submodule("model.layers"):
+        for layer in self.inner.get_submodule("model.layers").children():
             x = layer.get_submodule("input_layernorm")(x) + 1
         return x
 
