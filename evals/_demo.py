@@ -14,7 +14,16 @@ from concept_erasure.evals.texts import CUES, SPLITS, GenderText, Split, gender_
 from concept_erasure.probes import evaluate
 from concept_erasure.report import Cell, Interval
 
-__all__ = ["PROBES", "Bars", "Data", "Sizes", "probe_interval", "probe_rows", "read_data"]
+__all__ = [
+    "PROBES",
+    "Bars",
+    "Data",
+    "Sizes",
+    "familiar_data",
+    "probe_interval",
+    "probe_rows",
+    "read_data",
+]
 
 PROBES = ("linear", "svm", "mlp")
 
@@ -75,12 +84,33 @@ class Data:
             columns[row, names.index(item.cue)] = 2.0 * item.gender - 1.0
         return columns
 
+    @property
+    def detailed_concept(self) -> Tensor:
+        """Gender within each template, shape ``[n, templates]``, float64; more columns, more removed."""
+        names = sorted({item.template for item in self.items})
+        columns = torch.zeros(len(self.items), len(names), dtype=torch.float64)
+        for row, item in enumerate(self.items):
+            columns[row, names.index(item.template)] = 2.0 * item.gender - 1.0
+        return columns
+
 
 def read_data(sizes: Sizes) -> dict[Split, Data]:
     """Return the three splits."""
     counts = dict(zip(SPLITS, (sizes.n_fit, sizes.n_probe, sizes.n_test), strict=True))
     found = {s: gender_texts(s, n, seed=sizes.seed) for s, n in counts.items()}
     return {s: Data(tuple(sorted(items, key=lambda t: len(t.text)))) for s, items in found.items()}
+
+
+def familiar_data(sizes: Sizes) -> Data:
+    """Return ``n_probe + n_test`` texts in random order from the templates of the fit, none of its texts.
+
+    Professions of the fit too, and at its odds: the same distribution.
+    """
+    count = sizes.n_fit + sizes.n_probe + sizes.n_test
+    known = {item.text for item in gender_texts("fit", sizes.n_fit, seed=sizes.seed)}
+    drawn = gender_texts("fit", count, seed=sizes.seed + 1)
+    fresh = [item for item in drawn if item.text not in known]
+    return Data(tuple(fresh[: sizes.n_probe + sizes.n_test]))
 
 
 def probe_interval(
@@ -92,23 +122,29 @@ def probe_interval(
 
 
 def probe_rows(
-    before: Mapping[Split, Tensor],
-    after: Mapping[Split, Tensor],
-    data: Mapping[Split, Data],
+    versions: Mapping[str, tuple[Tensor, Tensor]],
+    train: Tensor,
+    test: Tensor,
     seed: int,
     *,
     probes: Sequence[str] = PROBES,
 ) -> list[dict[str, Cell]]:
-    """Return one row a probe: trained on ``probe`` texts, read on ``test`` texts, before and after."""
-    rows: list[dict[str, Cell]] = []
-    for probe in probes:
-        row: dict[str, Cell] = {"probe": probe}
-        for name, vectors in (("before", before), ("after", after)):
-            row[name] = probe_interval(
-                (vectors["probe"].float(), data["probe"].gender),
-                (vectors["test"].float(), data["test"].gender),
-                probe,
-                seed,
-            )
-        rows.append(row)
-    return rows
+    """Return one row a probe, with a column for each version of the vectors.
+
+    Args:
+        versions: Name, such as before and after, to the vectors to train and to test on.
+        train: Labels of the first, shape ``[n]``.
+        test: Labels of the second, shape ``[m]``.
+        seed: Of the probes.
+        probes: Names of probes.
+    """
+    return [
+        {
+            "probe": probe,
+            **{
+                name: probe_interval((x.float(), train), (y.float(), test), probe, seed)
+                for name, (x, y) in versions.items()
+            },
+        }
+        for probe in probes
+    ]

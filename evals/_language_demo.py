@@ -205,19 +205,14 @@ def language_report(
     sites, data = residual_sites(model, sizes.layers), read_data(sizes)
     size = sizes.batch_size
     said_before = behaviour(model, tokenizer)
+    others: tuple[Split, ...] = ("probe", "test")
     with bars.bar("reading before", sum(len(part.items) for part in data.values())) as tick:
-        before = {
-            split: _collect(
-                model, tokenizer, part, sites[:1] if split == "fit" else sites, size, tick
-            )
-            for split, part in data.items()
-        }
-    first = before["fit"][sites[0]]
+        before = {s: _collect(model, tokenizer, data[s], sites, size, tick) for s in others}
+        first = _read_one(model, tokenizer, data["fit"].texts, sites[0], size, tick)
     with ExitStack() as stack:
         erasers, erased = fit_in_order(
             model, tokenizer, data["fit"], first, sites, stack=stack, batch_size=size, bars=bars
         )
-        others: tuple[Split, ...] = ("probe", "test")
         with bars.bar("reading after", sum(len(data[s].items) for s in others)) as tick:
             after = {s: _collect(model, tokenizer, data[s], sites, size, tick) for s in others}
         said_after = behaviour(model, tokenizer)
@@ -264,11 +259,12 @@ def _probe_table(
     """Return one row for every site and probe."""
     rows: list[dict[str, Cell]] = []
     for site in sites:
-        old: dict[Split, Tensor] = {
-            split: read[site] for split, read in before.items() if split != "fit"
+        versions = {
+            name: (read["probe"][site], read["test"][site])
+            for name, read in (("before", before), ("after", after))
         }
-        new: dict[Split, Tensor] = {split: read[site] for split, read in after.items()}
-        rows += [{"site": site, **row} for row in probe_rows(old, new, data, seed)]
+        found = probe_rows(versions, data["probe"].gender, data["test"].gender, seed)
+        rows += [{"site": site, **row} for row in found]
     return rows
 
 

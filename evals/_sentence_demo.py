@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from concept_erasure.collect import Representations, collect
-from concept_erasure.evals._demo import Bars, Data, Sizes, probe_interval, probe_rows, read_data
+from concept_erasure.evals._demo import Bars, Data, Sizes, familiar_data, probe_rows, read_data
 from concept_erasure.evals.language import TokenizerLike
 from concept_erasure.evals.plots import concept_plane, plot_planes
 from concept_erasure.evals.texts import NEUTRAL_SENTENCES, Split, profession_sentences
@@ -23,6 +24,7 @@ from concept_erasure.sites import find_sites, model_id
 __all__ = ["neighbour_correlation", "profession_retrieval", "sentence_report"]
 
 NEIGHBOURS = 5
+DIRECTIONS = 23  # of the eraser that removes more: half of the templates of the fit
 
 
 def neighbour_correlation(before: Tensor, after: Tensor) -> tuple[Interval, float]:
@@ -67,28 +69,42 @@ def profession_retrieval(queries: Tensor, keys: Tensor, wanted: Tensor) -> Inter
     return Interval(correct / len(wanted), low, high)
 
 
-def _topics(
-    vectors: Mapping[Split, Tensor], keys: Tensor, neutral: Tensor, data: Data, eraser: LeaceEraser
+def _retrieval(
+    queries: Tensor,
+    keys: Tensor,
+    neutral: Tensor,
+    wanted: Tensor,
+    erasers: Mapping[str, LeaceEraser],
 ) -> list[dict[str, Cell]]:
-    """Return what retrieval does before and after."""
-    names = profession_sentences(("test",))
-    wanted = torch.tensor(
-        [next(i for i, t in enumerate(names) if f" {x.profession} " in t) for x in data.items]
+    """Return what retrieval does before erasure and after each eraser."""
+    found, order, kept = "right profession found", "neutral rank correlation", "nearest five kept"
+    before = profession_retrieval(queries, keys, wanted)
+    rows: list[dict[str, Cell]] = [{"vectors": "before", found: before, order: 1.0, kept: 1.0}]
+    for name, eraser in erasers.items():
+        correlation, share = neighbour_correlation(neutral, eraser(neutral))
+        right = profession_retrieval(eraser(queries), eraser(keys), wanted)
+        rows.append({"vectors": name, found: right, order: correlation, kept: share})
+    return rows
+
+
+def _wanted(data: Data, keys: list[str]) -> Tensor:
+    """Return the index of the sentence about each text's profession, shape ``[n]``."""
+    return torch.tensor(
+        [next(i for i, key in enumerate(keys) if f" {x.profession} " in key) for x in data.items]
     )
-    queries = vectors["test"]
-    order, kept = neighbour_correlation(neutral, eraser(neutral))
-    jobs, jobs_kept = neighbour_correlation(keys, eraser(keys))
-    return [
-        {
-            "measure": f"right profession found among {len(keys)}",
-            "before": profession_retrieval(queries, keys, wanted),
-            "after": profession_retrieval(eraser(queries), eraser(keys), wanted),
-        },
-        {"measure": "neutral sentences: rank correlation", "before": 1.0, "after": order},
-        {"measure": "neutral sentences: nearest five kept", "before": 1.0, "after": kept},
-        {"measure": "profession sentences: rank correlation", "before": 1.0, "after": jobs},
-        {"measure": "profession sentences: nearest five kept", "before": 1.0, "after": jobs_kept},
-    ]
+
+
+def _fit(x: Representations, data: Data, folder: Path) -> dict[str, LeaceEraser]:
+    """Fit the least-damage eraser and one that removes more, and save both."""
+    few, columns = replace(x, z=data.concept), data.detailed_concept
+    many, rank = replace(x, z=columns), min(DIRECTIONS, columns.shape[1])
+    erasers = {
+        "LEACE": LeaceEraser.fit(few),
+        f"orthogonal, {rank} directions": LeaceEraser.fit(many, method="orth", rank=rank),
+    }
+    for name, eraser in zip(("leace", "orthogonal"), erasers.values(), strict=True):
+        eraser.save_pretrained(folder / "erasers" / "sentences" / name)
+    return erasers
 
 
 def sentence_report(
@@ -99,7 +115,7 @@ def sentence_report(
     Args:
         model: A sentence encoder whose embedding is the mean of the last layer over tokens.
         tokenizer: Its tokenizer.
-        folder: Where eraser and picture go.
+        folder: Where erasers and picture go.
         sizes: Numbers of texts, seed.
         bars: Shows progress.
 
@@ -107,55 +123,91 @@ def sentence_report(
         The report.
     """
     start = time.perf_counter()
-    data = read_data(sizes)
+    data, familiar = read_data(sizes), familiar_data(sizes)
     site = [name for name in find_sites(model) if name.startswith("residual.")][-1]
-    keys, neutral = profession_sentences(("test",)), list(NEUTRAL_SENTENCES)
-    total = sum(len(part.items) for part in data.values()) + len(keys) + len(neutral)
-    with bars.bar("embedding", total) as tick:
-
-        def embed(texts: list[str]) -> Representations:
-            found = collect(
-                model, tokenizer, texts, sites=site, tokens="mean", batch_size=sizes.batch_size
-            )
-            tick(len(texts))
-            return found
-
-        fit = embed(data["fit"].texts)
-        before: dict[Split, Tensor] = {s: embed(data[s].texts).x for s in ("probe", "test")}
-        key_vectors, neutral_vectors = embed(keys).x, embed(neutral).x
-    eraser = LeaceEraser.fit(Representations(fit.x, data["fit"].concept, fit.space))
-    eraser.save_pretrained(folder / "erasers" / "sentences")
-    after: dict[Split, Tensor] = {split: eraser(x) for split, x in before.items()}
-    own = (eraser(fit.x).float(), data["fit"].gender)
+    keys = profession_sentences(("test",))
+    parts: dict[str, list[str]] = {split: part.texts for split, part in data.items()}
+    parts |= {"familiar": familiar.texts, "keys": keys, "neutral": list(NEUTRAL_SENTENCES)}
+    x = _embed(model, tokenizer, parts, site, sizes.batch_size, bars)
+    erasers = _fit(x["fit"], data["fit"], folder)
+    tables = _read_tables(
+        {name: item.x for name, item in x.items()}, data, familiar, erasers, sizes
+    )
+    wanted = _wanted(data["test"], keys)
+    kept = _retrieval(x["test"].x, x["keys"].x, x["neutral"].x, wanted, erasers)
     plot_planes(
-        before["test"],
-        after["test"],
+        x["test"].x,
+        erasers["LEACE"](x["test"].x),
         data["test"].gender,
         folder / "sentences_plane.png",
         names=("feminine", "masculine"),
-        title="Sentence embeddings of unseen texts",
-        plane=concept_plane(before["probe"], data["probe"].gender),
+        title="Sentence embeddings of unseen texts, LEACE",
+        plane=concept_plane(x["probe"].x, data["probe"].gender),
     )
-    read = probe_rows(before, after, data, sizes.seed)
-    read.append(
-        {
-            "probe": "linear, trained and read on the texts of the fit (the guarantee)",
-            "after": probe_interval(own, own, "linear", sizes.seed),
-        }
-    )
-    kept = _topics(before, key_vectors, neutral_vectors, data["test"], eraser)
     return Report(
         f"{model_id(model)}: mean-pooled sentence embeddings",
         meta={
             "model": model_id(model),
             "site": site,
-            "directions erased": eraser.proj_left.shape[1],
-            "width": fit.x.shape[1],
+            "directions erased": [eraser.proj_left.shape[1] for eraser in erasers.values()],
+            "width": x["fit"].x.shape[1],
             "seconds": round(time.perf_counter() - start, 1),
         },
-        sections=(
-            Report("What freshly trained probes read in unseen texts", read),
-            Report("What retrieval keeps", kept),
+        notes=(
+            "Erasers are fitted on gender within each kind of cue (LEACE) or within each template "
+            "(orthogonal: more is removed, at a higher cost).",
         ),
+        sections=(*tables, Report(f"What retrieval keeps ({len(keys)} professions)", kept)),
         images={"Embeddings before and after": "sentences_plane.png"},
     )
+
+
+def _embed(
+    model: nn.Module,
+    tokenizer: TokenizerLike,
+    parts: Mapping[str, list[str]],
+    site: str,
+    batch_size: int,
+    bars: Bars,
+) -> dict[str, Representations]:
+    """Return mean-pooled embeddings of every list of texts."""
+    found: dict[str, Representations] = {}
+    with bars.bar("embedding", sum(map(len, parts.values()))) as tick:
+        for name, texts in parts.items():
+            found[name] = collect(
+                model, tokenizer, texts, sites=site, tokens="mean", batch_size=batch_size
+            )
+            tick(len(texts))
+    return found
+
+
+def _read_tables(
+    x: Mapping[str, Tensor],
+    data: Mapping[Split, Data],
+    familiar: Data,
+    erasers: Mapping[str, LeaceEraser],
+    sizes: Sizes,
+) -> list[Report]:
+    """Return what probes read, from the texts of the fit to texts of another kind."""
+    maps: dict[str, Callable[[Tensor], Tensor]] = {"before": lambda vectors: vectors, **erasers}
+    half = sizes.n_probe
+
+    def table(first: Tensor, second: Tensor, train: Tensor, test: Tensor) -> list[dict[str, Cell]]:
+        versions = {name: (erase(first), erase(second)) for name, erase in maps.items()}
+        return probe_rows(versions, train, test, sizes.seed)
+
+    gender, own = familiar.gender, data["fit"].gender
+    return [
+        Report(
+            "Unseen templates and professions: what freshly trained probes read",
+            table(x["probe"], x["test"], data["probe"].gender, data["test"].gender),
+        ),
+        Report(
+            "Unseen texts made from the templates of the fit",
+            table(x["familiar"][:half], x["familiar"][half:], gender[:half], gender[half:]),
+        ),
+        Report(
+            "The texts of the fit themselves (the guarantee covers linear probes)",
+            table(x["fit"], x["fit"], own, own)[:1],
+        ),
+    ]

@@ -50,9 +50,9 @@ class DemoConfig:
         seed: Of the texts and probes.
     """
 
-    n_fit: int = 1600
-    n_probe: int = 800
-    n_test: int = 600
+    n_fit: int = 1200
+    n_probe: int = 600
+    n_test: int = 500
     layers: tuple[int, ...] = (9, 14, 19, 24, -1)
     batch_size: int = 32
     seed: int = 0

@@ -103,11 +103,11 @@ def _batches(
         yield rows, batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
-def _log_probabilities(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return log p of every token at every place, shape ``[batch, length, v]``."""
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits of every token at every place, shape ``[batch, length, v]``."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    return logits.float().log_softmax(-1)
+    return logits
 
 
 def perplexity(
@@ -141,7 +141,7 @@ def perplexity(
     total, count = 0.0, 0
     with _evaluating(model):
         for _, ids, mask in _batches(model, tokenizer, texts, batch_size, max_length, progress):
-            log_p = _log_probabilities(model, ids, mask)[:, :-1]
+            log_p = _logits(model, ids, mask)[:, :-1].float().log_softmax(-1)
             known = mask[:, 1:].bool() & mask[:, :-1].bool()
             picked = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)
             total -= float(picked[known].double().sum())
@@ -196,7 +196,7 @@ def continuation_gap(
     with _evaluating(model):
         for rows, ids, mask in _batches(model, tokenizer, prompts, batch_size, None, progress):
             last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-            log_p = _log_probabilities(model, ids, mask)
-            at_end = log_p[torch.arange(len(rows), device=ids.device), last]
+            places = torch.arange(len(rows), device=ids.device)
+            at_end = _logits(model, ids, mask)[places, last].float().log_softmax(-1)
             found[rows] = at_end[:, pair.to(ids.device)].double().cpu()
     return ContinuationGap(found[:, 0] - found[:, 1], found.exp().sum(1))

@@ -15,8 +15,8 @@ from typing import Literal
 
 __all__ = [
     "CUES",
-    "EVEN_ODDS",
     "ENDINGS",
+    "EVEN_ODDS",
     "NEUTRAL_SENTENCES",
     "ODDS",
     "PROFESSIONS",

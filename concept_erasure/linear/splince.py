@@ -287,6 +287,8 @@ def _check_finite(data: Tensor, mask: Tensor | None) -> None:
 def _columns(labels: object, data: Tensor, kind: LabelKind) -> Tensor:
     """Return labels as real columns ``(n, c)`` on the device of the data."""
     lead = data.shape[:-1]
+    if lead.numel() < 2:
+        raise ValueError(f"at least 2 rows are needed to fit; got {lead.numel()}")
     if isinstance(labels, Tensor) and len(lead) > 1 and labels.shape[: len(lead)] == lead:
         labels = labels.reshape(lead.numel(), *labels.shape[len(lead) :])
     encoded: Labels = encode_concepts(labels, n=lead.numel(), kind=kind)

@@ -54,7 +54,7 @@ def test_sentence_part(tmp_path: Path) -> None:
     )
     data = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert data["title"] == report.title
-    assert Eraser.from_pretrained(tmp_path / "erasers" / "sentences").space is not None
+    assert Eraser.from_pretrained(tmp_path / "erasers" / "sentences" / "leace").space is not None
 
 
 def test_every_site_is_guarded_with_all_erasers_attached() -> None:
