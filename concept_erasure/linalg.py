@@ -23,7 +23,8 @@ __all__ = [
     "statistics_dtype",
 ]
 
-ROWS_PER_CHUNK = 2048  # bounds the float64 copy of a batch
+ROWS_PER_CHUNK = 2048  # bounds the float64 copy of a batch, and keeps it in cache
+ROWS_PER_CHUNK_DEVICE = 65536  # an accelerator wants larger products
 COLUMN_BLOCK = 192  # the Gram matrix is built from the blocks on and above its diagonal
 ONE_HOT_LIMIT = 64  # up to here class sums are one small product, above a scatter-add
 
@@ -197,16 +198,18 @@ class LowRankAffine:
         return f"LowRankAffine(width={self.width}, rank={self.rank}, about={about})"
 
 
-def _gram(x: Tensor) -> Tensor:
-    """Return ``x^T x``, computing only the blocks on and above the diagonal."""
-    d = x.shape[1]
-    out = x.new_empty(d, d)
-    for start in range(0, d, COLUMN_BLOCK):
-        stop = min(start + COLUMN_BLOCK, d)
-        block = x[:, start:stop].T @ x[:, start:]
-        out[start:stop, start:] = block
-        out[start:, start:stop] = block.T
-    return out
+def _add_gram(out: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` to the blocks of ``out`` on and above its diagonal; `_mirror` fills the rest."""
+    for start in range(0, x.shape[1], COLUMN_BLOCK):
+        stop = start + COLUMN_BLOCK
+        out[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+
+def _mirror(out: Tensor) -> None:
+    """Copy the blocks above the diagonal below it."""
+    for start in range(0, len(out), COLUMN_BLOCK):
+        stop = start + COLUMN_BLOCK
+        out[stop:, start:stop] = out[start:stop, stop:].T
 
 
 class Moments:
@@ -261,18 +264,31 @@ class Moments:
             ValueError: If x, z or weight hold values that are not finite, or a class index is out of range.
         """
         x, z, weight = self._flatten(x, z, mask, weight)
-        batch = self._empty()
-        for i in range(0, len(x), ROWS_PER_CHUNK):
-            stop = i + ROWS_PER_CHUNK
-            rows = None if weight is None else weight[i:stop]
-            batch.merge(self._batch(x[i:stop], z[i:stop], rows, i))
+        step = ROWS_PER_CHUNK if x.device.type == "cpu" else ROWS_PER_CHUNK_DEVICE
+        batch = self._empty(self.covariance)
+        for i in range(0, len(x), step):
+            rows = None if weight is None else weight[i : i + step]
+            batch._absorb(self._chunk(x[i : i + step], z[i : i + step], rows, batch._s_xx))
+        if not bool(torch.isfinite(batch._mean_x).all()):
+            self._refuse_values(x)
+        if batch._s_xx is not None:
+            _mirror(batch._s_xx)
         return self.merge(batch)
 
-    def _empty(self) -> Moments:
+    @staticmethod
+    def _refuse_values(x: Tensor) -> None:
+        bad = (~torch.isfinite(x)).any(1).nonzero()[:, 0]
+        if len(bad) == 0:
+            raise ValueError("the mean of x overflows; rescale x")
+        raise ValueError(
+            f"x has {len(bad)} rows that are not finite; the first is row {int(bad[0])}"
+        )
+
+    def _empty(self, covariance: bool) -> Moments:
         return Moments(
             self.width,
             self.concepts,
-            covariance=self.covariance,
+            covariance=covariance,
             device=self.count.device,
             dtype=self.count.dtype,
         )
@@ -336,28 +352,18 @@ class Moments:
                     setattr(self, name, value.to(x.device, dtype))
         return self.count.device
 
-    def _batch(self, x: Tensor, z: Tensor, weight: Tensor | None, first_row: int) -> Moments:
-        """Return the moments of one chunk, centred on its own mean."""
-        out = self._empty()
-        if len(x) == 0:
-            return out
+    def _chunk(self, x: Tensor, z: Tensor, weight: Tensor | None, gram: Tensor | None) -> Moments:
+        """Return the moments of one chunk, centred on its own mean; its Gram matrix is added to ``gram``."""
+        out = self._empty(covariance=False)
         wide = x.to(self.count.dtype, copy=True)
         total = wide.new_tensor(float(len(x))) if weight is None else weight.sum()
-        if weight is not None and float(total) == 0:
-            return out
-        mean = wide.mean(0) if weight is None else weight @ wide / total
-        if not bool(torch.isfinite(mean).all()):
-            bad = (~torch.isfinite(wide)).any(1).nonzero()[:, 0]
-            if len(bad):
-                raise ValueError(
-                    f"x has {len(bad)} rows that are not finite; the first is row {first_row + int(bad[0])}"
-                )
-            raise ValueError("the mean of x overflows; rescale x")
+        safe = total.clamp_min(torch.finfo(total.dtype).tiny)  # all weights may be zero
+        mean = wide.mean(0) if weight is None else weight @ wide / safe
         wide -= mean
         out.rows, out.count, out._mean_x = len(x), total, mean
-        out._mean_z, out._s_xz, out._s_zz = self._cross(wide, z, weight, total)
-        if out._s_xx is not None:
-            out._s_xx = _gram(wide if weight is None else wide * weight.sqrt()[:, None])
+        out._mean_z, out._s_xz, out._s_zz = self._cross(wide, z, weight, safe)
+        if gram is not None:
+            _add_gram(gram, wide if weight is None else wide * weight.sqrt()[:, None])
         return out
 
     def _cross(
@@ -377,7 +383,8 @@ class Moments:
         mean = wide.mean(0) if weight is None else weight @ wide / total
         wide = wide - mean
         scaled = wide if weight is None else wide * weight[:, None]
-        return mean, weighted.T @ wide, scaled.T @ wide
+        # (z^T x)^T: a thin left factor is several times faster than a thin right one
+        return mean, (wide.T @ weighted).T, scaled.T @ wide
 
     def merge(self, other: Moments) -> Self:
         """Add the moments of other rows (Chan et al.'s pairwise update).
@@ -388,23 +395,24 @@ class Moments:
         same = (self.width, self.concepts, self.covariance)
         if (other.width, other.concepts, other.covariance) != same:
             raise ShapeError(f"cannot merge {other!r} into {self!r}")
+        if other._s_xx is not None and self._s_xx is not None:
+            self._s_xx.add_(other._s_xx)
+        self._absorb(other)
+        return self
+
+    def _absorb(self, other: Moments) -> None:
+        """Merge all but the other's own scatter of x."""
         total = self.count + other.count
-        if other.rows == 0 or float(total) == 0:
-            self.rows += other.rows
-            return self
-        share = other.count / total
+        share = other.count / total.clamp_min(torch.finfo(total.dtype).tiny)
         scale = self.count * share
         delta_x, delta_z = other._mean_x - self._mean_x, other._mean_z - self._mean_z
-        if self._s_xx is not None and other._s_xx is not None:
-            self._s_xx.add_(other._s_xx)
-            if self.rows:
-                self._s_xx.addr_(delta_x * scale, delta_x)
+        if self._s_xx is not None and self.rows:
+            self._s_xx.addr_(delta_x * scale, delta_x)
         self._s_xz = self._s_xz + other._s_xz + torch.outer(delta_x * scale, delta_z)
         self._s_zz = self._s_zz + other._s_zz + torch.outer(delta_z * scale, delta_z)
         self._mean_x = self._mean_x + delta_x * share
         self._mean_z = self._mean_z + delta_z * share
         self.count, self.rows = total, self.rows + other.rows
-        return self
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
         """Replace the state by that of all ranks together; the large matrices move in one all-reduce.
@@ -519,14 +527,16 @@ class MetricSolver:
 
     Args:
         sigma: Shape ``(d, d)``.
+        overwrite: Let ``sigma`` be used as scratch.
     """
 
-    def __init__(self, sigma: Tensor) -> None:
+    def __init__(self, sigma: Tensor, *, overwrite: bool = False) -> None:
         variance = sigma.diagonal().clamp_min(0)
         self._scale: Tensor = torch.where(
             variance > 0, variance.rsqrt(), torch.zeros_like(variance)
         )
-        scaled = (sigma * self._scale[:, None]).mul_(self._scale)
+        scaled = sigma if overwrite else sigma.clone()
+        scaled.mul_(self._scale[:, None]).mul_(self._scale)
         scaled.diagonal().add_(
             (variance <= 0).to(sigma.dtype)
         )  # constant features: scale is 0 anyway

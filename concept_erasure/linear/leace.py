@@ -485,20 +485,21 @@ class LeaceFitter:
         sigma = None if config.method == "orth" else moments.sigma_xx
         if sigma is not None and self.shrinks:
             sigma = optimal_linear_shrinkage(sigma, moments.n, inplace=True)
-        metric = None if sigma is None else MetricSolver(sigma)
+        trace = 0.0 if sigma is None else float(sigma.diagonal().sum())
+        metric = None if sigma is None else MetricSolver(sigma, overwrite=True)
         rests = self._rests()
         concepts = [whitened_concept(m.sigma_xz, m.sigma_zz) for m in (moments, *rests)]
         (left, right, strengths), *others = self._factors(metric, concepts, rtol)
         center = moments.mean_x.clone() if config.affine else None
         map_ = LowRankAffine(left, right, center).scale(config.strength)
         report = self._report(map_)
-        if metric is not None and sigma is not None:
+        if metric is not None:
             report["canonical_correlations"] = [
                 round(s, 12) for s in strengths[: map_.rank].tolist()
             ]
-            moved = (map_.right.T @ sigma @ map_.right) * (map_.left.T @ map_.left)
-            trace = float(sigma.diagonal().sum())
-            report["edit_size"] = float(moved.sum()) / trace if trace else 0.0
+            # E|x' - x|^2 = tr(right^T S right) for orthonormal left, and right^T S right = (left^T S^+ left)^-1
+            moved = torch.linalg.inv(left.T @ metric(left)).diagonal().sum()
+            report["edit_size"] = config.strength**2 * float(moved) / trace if trace else 0.0
             report["condition"] = metric.condition
         if rests:
             maps = [LowRankAffine(lt, rt).scale(config.strength) for lt, rt, _ in others]
@@ -536,7 +537,7 @@ class LeaceFitter:
             return []
         rests = []
         for held in range(FOLDS):
-            rest = self._folds[held]._empty()
+            rest = self._folds[held]._empty(covariance=False)
             for i, fold in enumerate(self._folds):
                 if i != held:
                     rest.merge(fold)

@@ -518,3 +518,11 @@ def test_parity_with_concept_erasure(tmp_path: Path) -> None:
             z_kind="continuous",
         )
         assert (eraser(x) - value).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_report_has_the_size_of_the_edit(strength: float) -> None:
+    x, z = sample(900, 12, 3)
+    eraser = LeaceEraser.fit(x, z, shrinkage=False, strength=strength)
+    moved = (eraser(x) - x).square().sum(1).mean() / (x - x.mean(0)).square().sum(1).mean()
+    assert eraser.report["edit_size"] == pytest.approx(float(moved), rel=1e-9)
