@@ -15,7 +15,7 @@ from concept_erasure.evals._demo import Bars, Data, Sizes, probe_interval, probe
 from concept_erasure.evals.language import TokenizerLike, continuation_gap, perplexity
 from concept_erasure.evals.plots import concept_plane, plot_accuracy, plot_planes
 from concept_erasure.evals.texts import NEUTRAL_SENTENCES, Split, cued_prompts, open_prompts
-from concept_erasure.linear.leace import LeaceEraser
+from concept_erasure.linear.leace import ErasureMethod, LeaceEraser
 from concept_erasure.probes import wilson_interval
 from concept_erasure.report import Cell, Interval, Report
 from concept_erasure.sites import Space, find_sites, fingerprint, hook, model_id, resolve
@@ -23,7 +23,7 @@ from concept_erasure.sites import Space, find_sites, fingerprint, hook, model_id
 __all__ = ["behaviour", "fit_in_order", "language_report", "residual_sites"]
 
 Tick = Callable[[int], object]
-_NAMES = ("feminine", "masculine")
+GENDERS = ("feminine", "masculine")
 
 
 class _Reached(Exception):  # noqa: N818 it is a signal, not an error
@@ -95,6 +95,10 @@ def fit_in_order(
     Fitted this way every site is guarded with all erasers in place; erasers fitted on the untouched
     model would not fit what later layers see once earlier ones are erased.
 
+    The last site gets LEACE. The sites before it get the orthogonal projection, which guards as well:
+    later layers also read the tokens before the last, some of them very large, and an oblique map
+    fitted to last tokens moves those far more (perplexity rose fourfold when it was tried).
+
     Args:
         model: The language model; the erasers stay attached until ``stack`` closes.
         tokenizer: Its tokenizer.
@@ -108,7 +112,8 @@ def fit_in_order(
     Returns:
         Erasers and the erased activations of the fit's texts, by site.
     """
-    name, mark, concept = model_id(model), fingerprint(model), data.concept
+    name, mark = model_id(model), fingerprint(model)
+    concept = [GENDERS[g] for g in data.gender.tolist()]
     erasers: dict[str, LeaceEraser] = {}
     erased: dict[str, Tensor] = {}
     with bars.bar("fitting erasers", len(data.items) * (len(sites) - 1)) as tick:
@@ -117,7 +122,8 @@ def fit_in_order(
             if erasers:
                 x = _read_one(model, tokenizer, data.texts, site, batch_size, tick)
             space = Space(name, mark, site, "last", x.shape[1])
-            eraser = LeaceEraser.fit(Representations(x.clone(), concept, space))
+            method: ErasureMethod = "leace" if site == sites[-1] else "orth"
+            eraser = LeaceEraser.fit(Representations(x.clone(), concept, space), method=method)
             stack.enter_context(eraser.attach(model))
             erasers[site], erased[site] = eraser, eraser(x)
     return erasers, erased
@@ -231,7 +237,10 @@ def language_report(
         meta={
             "model": model_id(model),
             "sites": sites,
-            "directions erased at each site": [e.proj_left.shape[1] for e in erasers.values()],
+            "erasers": [
+                f"{e.report['rank']} direction(s), {getattr(e.config, 'method', e.method)}"
+                for e in erasers.values()
+            ],
             "seconds": round(time.perf_counter() - start, 1),
         },
         sections=(
@@ -246,6 +255,9 @@ def language_report(
             "The guarantee covers linear probes on the data of the fit. What is left above one "
             "half on unseen texts is what the erasers did not learn from the fit; nonlinear "
             "probes are not covered at all.",
+            "The erasers act on every token of every text, also of the neutral sentences.",
+            "Layers and methods were chosen after seeing numbers like these for seed 0, so they are a "
+            "little flattering. Before layer 25 of SmolLM2 a probe of the last token hardly beats chance.",
         ),
     )
 
@@ -300,7 +312,7 @@ def _pictures(
         after["test"][last],
         data["test"].gender,
         folder / "language_plane.png",
-        names=_NAMES,
+        names=GENDERS,
         title=f"{last}, last token of unseen texts",
         plane=concept_plane(before["probe"][last], data["probe"].gender),
     )

