@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -51,6 +52,7 @@ class Concept:
         name: of the concept, `Harry Potter`.
         synonyms: other words for it.
         anchors: what a model should think of instead, `a young wizard`.
+        neighbours: names of concepts nearby that must stay as they are, `The Hobbit`.
         prompts: short inputs that call the concept up.
         forget_texts: texts that express it.
         retain_texts: texts that do not, near enough to show damage.
@@ -60,6 +62,7 @@ class Concept:
     name: str
     synonyms: tuple[str, ...] = ()
     anchors: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     forget_texts: tuple[str, ...] = ()
     retain_texts: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ class Concept:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise FormatError(f"a concept needs a name; got {self.name!r}")
-        for key in ("synonyms", "anchors", "prompts", "forget_texts", "retain_texts"):
+        for key in ("synonyms", "anchors", "neighbours", "prompts", "forget_texts", "retain_texts"):
             object.__setattr__(self, key, _texts(key, getattr(self, key)))
         if not isinstance(self.questions, list | tuple):
             raise FormatError(f"questions must be a list; got {type(self.questions).__name__}")
@@ -108,7 +111,8 @@ class Concept:
         """Read a concept from a yaml file, or one that comes with the library by its name.
 
         Args:
-            name_or_path: path of a yaml file, or a name such as `harry-potter`.
+            name_or_path: path of a yaml file, or a name such as `gender` or `harry_potter`; capital
+                letters, spaces and hyphens make no difference.
 
         Raises:
             FileNotFoundError: there is no such file or name; the message lists the names.
@@ -116,7 +120,7 @@ class Concept:
         """
         path = Path(name_or_path)
         if not path.is_file() and path.name == str(name_or_path):
-            path = _BUILT_IN / f"{name_or_path}.yaml"
+            path = _BUILT_IN / f"{re.sub(r'[ -]+', '_', str(name_or_path).strip().lower())}.yaml"
         if not path.is_file():
             known = ", ".join(sorted(p.stem for p in _BUILT_IN.glob("*.yaml"))) or "none"
             raise FileNotFoundError(

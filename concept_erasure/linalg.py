@@ -6,6 +6,7 @@ Row convention: representations are rows, ``x`` of shape ``(..., d)``; a map wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +20,7 @@ __all__ = [
     "LowRankAffine",
     "MetricSolver",
     "Moments",
+    "all_reduce_moments",
     "optimal_linear_shrinkage",
     "statistics_dtype",
 ]
@@ -242,6 +244,7 @@ class Moments:
         self._follows_input = device is None and dtype is None
         dtype = dtype or statistics_dtype(device)
         self.count = torch.zeros((), dtype=dtype, device=device)
+        self._squares = torch.zeros((), dtype=dtype, device=device)
         self._mean_x = torch.zeros(width, dtype=dtype, device=device)
         self._mean_z = torch.zeros(concepts, dtype=dtype, device=device)
         self._s_xx = torch.zeros(width, width, dtype=dtype, device=device) if covariance else None
@@ -346,7 +349,7 @@ class Moments:
         """Return where the state lives; the first batch decides when nobody said."""
         if self._follows_input and self.rows == 0:
             dtype = statistics_dtype(x.device)
-            for name in ("count", "_mean_x", "_mean_z", "_s_xx", "_s_xz", "_s_zz"):
+            for name in ("count", "_squares", "_mean_x", "_mean_z", "_s_xx", "_s_xz", "_s_zz"):
                 value = getattr(self, name)
                 if value is not None:
                     setattr(self, name, value.to(x.device, dtype))
@@ -361,6 +364,7 @@ class Moments:
         mean = wide.mean(0) if weight is None else weight @ wide / safe
         wide -= mean
         out.rows, out.count, out._mean_x = len(x), total, mean
+        out._squares = total if weight is None else weight.square().sum()
         out._mean_z, out._s_xz, out._s_zz = self._cross(wide, z, weight, safe)
         if gram is not None:
             _add_gram(gram, wide if weight is None else wide * weight.sqrt()[:, None])
@@ -413,35 +417,46 @@ class Moments:
         self._mean_x = self._mean_x + delta_x * share
         self._mean_z = self._mean_z + delta_z * share
         self.count, self.rows = total, self.rows + other.rows
+        self._squares = self._squares + other._squares
+
+    def marginal(self) -> Moments:
+        """Return the moments of x alone (one constant concept column), as a copy."""
+        out = Moments(
+            self.width,
+            1,
+            covariance=self.covariance,
+            device=self.count.device,
+            dtype=self.count.dtype,
+        )
+        out.rows, out.count, out._mean_x = self.rows, self.count.clone(), self._mean_x.clone()
+        out._squares = self._squares.clone()
+        out._s_xx = None if self._s_xx is None else self._s_xx.clone()
+        return out
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
-        """Replace the state by that of all ranks together; the large matrices move in one all-reduce.
+        """Replace the state by that of all ranks together; see `all_reduce_moments`."""
+        all_reduce_moments([self], group)
+        return self
 
-        Every rank first learns the common mean (a small gather), so that no precision is lost to offsets.
-        """
-        small = torch.cat([self.count[None], self._mean_x, self._mean_z])
-        gathered = [torch.empty_like(small) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, small, group=group)
-        table = torch.stack(gathered)
-        total = table[:, 0].sum()
-        mean = (table[:, :1] * table[:, 1:]).sum(0) / total.clamp_min(1)
-        mean_x, mean_z = mean[: self.width], mean[self.width :]
-        delta_x, delta_z = self._mean_x - mean_x, self._mean_z - mean_z
-        blocks = [
+    def _about(self, mean: Tensor) -> list[Tensor]:
+        """Return sums about another mean ``(d + c,)``, then rows and squared weights, as flat tensors."""
+        delta_x, delta_z = self._mean_x - mean[: self.width], self._mean_z - mean[self.width :]
+        sums = [
             self._s_xz + torch.outer(delta_x * self.count, delta_z),
             self._s_zz + torch.outer(delta_z * self.count, delta_z),
         ]
         if self._s_xx is not None:
-            blocks.append(self._s_xx + torch.outer(delta_x * self.count, delta_x))
-        flat = torch.cat([*(b.reshape(-1) for b in blocks), self.count.new_tensor([self.rows])])
-        dist.all_reduce(flat, group=group)
-        parts = flat.split([b.numel() for b in blocks] + [1])
+            sums.append(self._s_xx + torch.outer(delta_x * self.count, delta_x))
+        rows = self.count.new_tensor(float(self.rows))
+        return [*(block.reshape(-1) for block in sums), torch.stack([rows, self._squares])]
+
+    def _set(self, count: Tensor, mean: Tensor, parts: Sequence[Tensor]) -> None:
+        """Take over what `_about` gave, summed over ranks."""
+        self._mean_x, self._mean_z, self.count = mean[: self.width], mean[self.width :], count
         self._s_xz, self._s_zz = parts[0].view_as(self._s_xz), parts[1].view_as(self._s_zz)
         if self._s_xx is not None:
             self._s_xx = parts[2].view_as(self._s_xx)
-        self._mean_x, self._mean_z, self.count = mean_x, mean_z, total
-        self.rows = round(float(parts[-1]))
-        return self
+        self.rows, self._squares = round(float(parts[-1][0])), parts[-1][1]
 
     def _divided(self, value: Tensor | None, what: str) -> Tensor:
         if value is None:
@@ -454,6 +469,11 @@ class Moments:
     def n(self) -> float:
         """Total weight seen (the number of rows when no weights were given)."""
         return float(self.count)
+
+    @property
+    def n_effective(self) -> float:
+        """Kish's effective number of rows, ``(sum w)^2 / sum w^2``; the scale of the weights does not matter."""
+        return float(self.count**2 / self._squares) if float(self._squares) > 0 else 0.0
 
     @property
     def mean_x(self) -> Tensor:
@@ -485,6 +505,28 @@ class Moments:
             f"Moments(width={self.width}, concepts={self.concepts}, rows={self.rows}, "
             f"covariance={self.covariance})"
         )
+
+
+def all_reduce_moments(moments: Sequence[Moments], group: dist.ProcessGroup | None = None) -> None:
+    """Replace the state of each by that of all ranks together, in one small gather and one all-reduce.
+
+    The gather tells every rank the common means first, so that no precision is lost to offsets.
+    """
+    small = torch.cat([torch.cat([m.count[None], m._mean_x, m._mean_z]) for m in moments])
+    gathered = [torch.empty_like(small) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, small, group=group)
+    sizes = [1 + m.width + m.concepts for m in moments]
+    totals, blocks = [], []
+    for one, table in zip(moments, torch.stack(gathered).split(sizes, 1), strict=True):
+        count = table[:, 0].sum()
+        safe = count.clamp_min(torch.finfo(count.dtype).tiny)
+        totals.append((count, (table[:, :1] * table[:, 1:]).sum(0) / safe))
+        blocks.append(one._about(totals[-1][1]))
+    flat = torch.cat([block for part in blocks for block in part])
+    dist.all_reduce(flat, group=group)
+    pieces = iter(flat.split([block.numel() for part in blocks for block in part]))
+    for one, (count, mean), part in zip(moments, totals, blocks, strict=True):
+        one._set(count, mean, [next(pieces) for _ in part])
 
 
 def optimal_linear_shrinkage(

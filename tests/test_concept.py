@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ def example() -> Concept:
         name="Saturn",
         synonyms=("the ringed planet", "Saturn"),
         anchors=("a planet",),
+        neighbours=("Jupiter",),
         prompts=("The planet with the rings is",),
         forget_texts=("Saturn – the sixth planet – has rings.",),
         retain_texts=("Jupiter is large.",),
@@ -66,3 +68,35 @@ def test_files_that_are_no_concepts(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(FormatError):
             Concept.load(path)
+
+
+BUILT_IN = ("gender", "harry_potter", "sentiment")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_concepts_that_come_with_the_library(name: str) -> None:
+    concept = Concept.load(name)
+    for key in ("synonyms", "anchors", "neighbours", "prompts", "forget_texts", "retain_texts"):
+        values = getattr(concept, key)
+        assert len(values) >= 2, key
+        assert len(set(values)) == len(values), key
+    assert concept.questions
+    assert Concept.from_dict(concept.to_dict()) == concept
+    assert not set(concept.names) & set(concept.neighbours)
+
+
+def test_every_built_in_concept_is_tested_and_named_in_the_error() -> None:
+    folder = files("concept_erasure") / "concepts"
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.yaml" for name in BUILT_IN]
+    with pytest.raises(FileNotFoundError, match=", ".join(BUILT_IN)):
+        Concept.load("gendre")
+
+
+@pytest.mark.parametrize("name", ["Harry Potter", "harry-potter", " harry_potter"])
+def test_names_are_read_kindly(name: str) -> None:
+    assert Concept.load(name).name == "Harry Potter"
+
+
+def test_a_path_outside_is_not_a_name() -> None:
+    with pytest.raises(FileNotFoundError, match="no concept"):
+        Concept.load("../concepts/gender")

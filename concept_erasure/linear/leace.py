@@ -16,26 +16,39 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from concept_erasure.collect import Representations
 from concept_erasure.eraser import EraserConfig, RepresentationEraser
 from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.labels import LabelKind, Labels, as_tensor, encode_concepts
-from concept_erasure.linalg import LowRankAffine, MetricSolver, Moments, optimal_linear_shrinkage
+from concept_erasure.leakage import FOLDS, Folds, held_out_gap, remaining_gap
+from concept_erasure.linalg import (
+    LowRankAffine,
+    MetricSolver,
+    Moments,
+    all_reduce_moments,
+    optimal_linear_shrinkage,
+)
 from concept_erasure.sites import Space
 
-__all__ = ["ErasureMethod", "LeaceConfig", "LeaceEraser", "LeaceFitter", "erasing_factors"]
+__all__ = [
+    "ErasureMethod",
+    "LeaceConfig",
+    "LeaceEraser",
+    "LeaceFitter",
+    "concept_whitening",
+    "erasing_factors",
+]
 
 ErasureMethod = Literal["leace", "orth"]
 ROWS_PER_DIMENSION = 20  # below this many rows a dimension, "auto" shrinks the covariance
 GUARDED = 1e-6  # share of the cross-covariance below which we call the fit data guarded
-FOLDS = 5  # for the held-out gap of every report
-T_975 = 2.776  # Student t, 4 degrees of freedom, two-sided 95 %
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +77,21 @@ class LeaceConfig(EraserConfig):
             raise ValueError(f"strength must be finite; got {self.strength!r}")
 
 
-def whitened_concept(sigma_xz: Tensor, sigma_zz: Tensor) -> Tensor:
-    """Return ``A sigma_zz^{-1/2}`` on the range of ``sigma_zz``, shape ``(d, q)``, free of the scale of z."""
+def concept_whitening(sigma_zz: Tensor) -> Tensor:
+    """Return ``w`` of shape ``(c, q)`` with ``w^T sigma_zz w = I`` on the range of ``sigma_zz``.
+
+    ``sigma_xz w`` does not depend on the scale of the concept's columns, nor on collinear ones.
+    """
     deviation = sigma_zz.diagonal().clamp_min(0).sqrt()
     live = deviation > 0
     if not bool(live.any()):
-        return sigma_xz[:, :0]
-    deviation = deviation[live]
-    correlation = sigma_zz[live][:, live] / deviation[:, None] / deviation
-    values, vectors = torch.linalg.eigh(correlation)
+        return sigma_zz[:, :0]
+    scale = torch.where(live, 1 / deviation, torch.zeros_like(deviation))
+    values, vectors = torch.linalg.eigh(sigma_zz * scale[:, None] * scale)
     # a correlation matrix, so a fixed cut is scale-free; it lies above the rounding of long sums
     keep = values > values[-1] * torch.finfo(values.dtype).eps ** (2 / 3)
-    whitening: Tensor = vectors[:, keep] / values[keep].sqrt()
-    return (sigma_xz[:, live] / deviation) @ whitening
+    whitening: Tensor = scale[:, None] * vectors[:, keep] / values[keep].sqrt()
+    return whitening
 
 
 def erasing_factors(
@@ -95,7 +110,7 @@ def erasing_factors(
     positive definite S.
 
     Args:
-        concept: Output of `whitened_concept`, shape ``(d, q)``.
+        concept: The whitened cross-covariance, shape ``(d, q)``.
         whitened: ``S^{-1/2} concept`` up to a rotation from the left; its singular values are the strengths.
         solved: ``S^+ concept``, shape ``(d, q)``. With S the identity all three are the same tensor, and the
             projection is orthogonal.
@@ -121,15 +136,6 @@ def erasing_factors(
     for _ in range(2):  # the second pass removes the rounding of the first
         right = torch.linalg.solve(left.T @ right, right, left=False)
     return left, right, strengths
-
-
-def remaining_gap(map_: LowRankAffine, sigma_xz: Tensor) -> float:
-    """Return ``|P A| / |A|``: the share of the cross-covariance that the map leaves (0 is guarded)."""
-    size = sigma_xz.norm()
-    if float(size) == 0:
-        return 0.0
-    left, right = map_.left.to(sigma_xz), map_.right.to(sigma_xz)
-    return float((sigma_xz - left @ (right.T @ sigma_xz)).norm() / size)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -174,6 +180,7 @@ class LeaceEraser(RepresentationEraser):
         z_kind: LabelKind = "auto",
         mask: Tensor | None = None,
         weight: Tensor | None = None,
+        background: object = None,
         held_out: tuple[object, object] | Representations | None = None,
         dtype: torch.dtype | None = None,
     ) -> LeaceEraser:
@@ -192,6 +199,8 @@ class LeaceEraser(RepresentationEraser):
             z_kind: ``"classes"`` or ``"continuous"`` overrides the reading of one-dimensional z.
             mask: Rows of x to use, shape ``x.shape[:-1]``.
             weight: Row weights, same shape.
+            background: Unlabelled representations ``(..., d)`` on which the edit should be small too; see
+                `LeaceFitter.update_background`.
             held_out: ``(x, z)`` never fitted on, for the report; default five-fold cross-fitting.
             dtype: Dtype of the factors; default float64.
 
@@ -199,14 +208,6 @@ class LeaceEraser(RepresentationEraser):
             ValueError: For fewer than two rows, values that are not finite, or options out of range.
             ShapeError: If x and z disagree.
         """
-        options = LeaceConfig(
-            method=method,
-            affine=affine,
-            shrinkage=shrinkage,
-            rank=rank,
-            svd_tol=svd_tol,
-            strength=strength,
-        )
         data, labels, space = read_data(x, z, z_kind)
         fitter = LeaceFitter(
             data.shape[-1],
@@ -221,17 +222,20 @@ class LeaceEraser(RepresentationEraser):
             dtype=dtype,
             classes=labels.names or None,
         )
-        fitter._add(
-            data, labels.values.reshape(*data.shape[:-1], *labels.values.shape[1:]), mask, weight
-        )
+        encoded = labels.values.reshape(*data.shape[:-1], *labels.values.shape[1:])
+        groups = x.rows if isinstance(x, Representations) else None
+        fitter._add(data, encoded, mask, weight, groups)
+        if background is not None:
+            fitter.update_background(
+                background.x if isinstance(background, Representations) else background
+            )
         if fitter.n < 2:
             raise ValueError(f"at least 2 rows are needed to fit; the mask leaves {fitter.n}")
-        eraser = replace(fitter.eraser, space=space, config=options)
-        if held_out is None:
-            return eraser
-        other = (held_out.x, held_out.z) if isinstance(held_out, Representations) else held_out
-        found = held_out_report(eraser, *other, z_kind=z_kind, names=labels.names)
-        return replace(eraser, report={**eraser.report, **found})
+        if held_out is not None:
+            other = (held_out.x, held_out.z) if isinstance(held_out, Representations) else held_out
+            fitter.hold_out(*other, z_kind=z_kind)
+        fitter.space = space
+        return fitter.eraser
 
     @classmethod
     def _optional_tensors(cls) -> set[str]:
@@ -309,9 +313,12 @@ class LeaceFitter:
         self.classes = tuple(str(c) for c in classes) if classes is not None else ()
         # below float32 the factors would lose the guarantee
         self.dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        self._categorical: bool | None = None
+        self._categorical = True
         self._moments = Moments(x_dim, z_dim, covariance=method == "leace", device=device)
-        self._folds = [Moments(x_dim, z_dim, covariance=False, device=device) for _ in range(FOLDS)]
+        self._folds = Folds(x_dim, z_dim, device=device)
+        self._held_out: Folds | None = None
+        self.space: Space | None = None
+        self._background: Moments | None = None
         self._eraser: LeaceEraser | None = None
 
     @classmethod
@@ -346,7 +353,13 @@ class LeaceFitter:
         return fitter
 
     def update(
-        self, x: object, z: object, *, mask: Tensor | None = None, weight: Tensor | None = None
+        self,
+        x: object,
+        z: object,
+        *,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> Self:
         """Add a batch; if any of it is refused, nothing of it is kept.
 
@@ -354,7 +367,9 @@ class LeaceFitter:
             x: Representations ``(..., d)``.
             z: Labels: ``(...)`` class indices when z_dim > 1, or numbers of shape ``(..., z_dim)``.
             mask: Rows to use, shape ``(...)``.
-            weight: Row weights, shape ``(...)``.
+            weight: Row weights, shape ``(...)``; their scale does not matter.
+            groups: Which text a row comes from, int64, shape ``(...)``, so that the held-out gap is measured on
+                other texts.
 
         Raises:
             ShapeError: If shapes disagree.
@@ -363,8 +378,61 @@ class LeaceFitter:
         data = as_tensor(x)
         if data.ndim < 1 or data.shape[-1] != self.x_dim:
             raise ShapeError(f"x must have width {self.x_dim}; got shape {tuple(data.shape)}")
-        self._add(data, self._labels(z, data), mask, weight)
+        self._add(data, self._labels(z, data), mask, weight, groups)
         return self
+
+    def update_background(self, x: object, *, mask: Tensor | None = None) -> Self:
+        """Add unlabelled rows on which the edit should be small as well.
+
+        Any metric guards, so the concept stays that of the labelled rows; the edit becomes the smallest on
+        labelled and background rows together, and keeps their common mean. In a language model give all
+        tokens here when labels belong to one token a text: the eraser acts on all of them.
+
+        Args:
+            x: Representations ``(..., d)``.
+            mask: Rows to use, shape ``(...)``.
+
+        Raises:
+            ShapeError: If shapes disagree.
+            ValueError: If the method is ``"orth"``, which has no metric, or values are not finite.
+        """
+        if self.config.method == "orth":
+            raise ValueError(
+                "method='orth' uses no covariance, so background rows would do nothing"
+            )
+        data = as_tensor(x)
+        if self._background is None:
+            device = None if self._moments.rows == 0 else self._moments.count.device
+            self._background = Moments(self.x_dim, 1, device=device)
+        self._background.update(data, data.new_zeros((*data.shape[:-1], 1)), mask=mask)
+        self._eraser = None
+        return self
+
+    def hold_out(self, x: object, z: object, *, z_kind: LabelKind = "auto") -> Self:
+        """Add rows that are only measured on: the held-out gap of the report is theirs.
+
+        Without any, the gap is cross-fitted: the fit is repeated on three fifths of the rows, five times, and
+        measured on the others.
+        """
+        data, labels, _ = read_data(x, z, z_kind, classes=self.classes or None)
+        if data.shape[-1] != self.x_dim or labels.width != self.z_dim:
+            raise ShapeError(
+                f"held-out x has width {data.shape[-1]} and z {labels.width} columns; "
+                f"the fit has {self.x_dim} and {self.z_dim}"
+            )
+        if self._held_out is None:
+            self._held_out = Folds(self.x_dim, self.z_dim, device=data.device)
+        self._held_out.update(data.reshape(-1, self.x_dim), labels.values)
+        if not self._held_out.ready:
+            raise ValueError(f"held-out data need at least 20 rows; got {self._held_out.rows}")
+        self._eraser = None
+        return self
+
+    def _pooled(self) -> Moments:
+        """Return the moments whose covariance is the metric and whose mean is kept."""
+        if self._background is None:
+            return self._moments
+        return self._moments.marginal().merge(self._background)
 
     def _labels(self, z: object, data: Tensor) -> Tensor:
         lead = data.shape[:-1]
@@ -376,9 +444,12 @@ class LeaceFitter:
         rows = math.prod(lead)
         if values.shape == lead and self.z_dim > 1 and not values.is_floating_point():
             return values.to(torch.int64)
-        if values.numel() != rows * self.z_dim:
+        shapes = [(*lead, self.z_dim), (rows, self.z_dim)]
+        shapes += [tuple(lead), (rows,)] if self.z_dim == 1 else []
+        if tuple(values.shape) not in shapes:
             raise ShapeError(
-                f"x has {rows} rows and z_dim is {self.z_dim}, so z must hold {rows * self.z_dim} numbers; "
+                f"x has {rows} rows and z_dim is {self.z_dim}, so z must have shape {shapes[0]}"
+                f"{' (or class indices ' + str(tuple(lead)) + ')' if self.z_dim > 1 else ''}; "
                 f"got shape {tuple(values.shape)}"
             )
         if (
@@ -394,39 +465,61 @@ class LeaceFitter:
             )
         return values.reshape(*lead, self.z_dim).to(self._moments.count.dtype)
 
-    def _add(self, x: Tensor, z: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:
-        categorical = z.ndim == x.ndim - 1
-        if self._categorical is None and x.shape[0]:
-            self._categorical = categorical
-        rows = self._moments.rows
+    def _add(
+        self,
+        x: Tensor,
+        z: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        groups: Tensor | None = None,
+    ) -> None:
         self._moments.update(x, z, mask=mask, weight=weight)
+        self._categorical = self._categorical and z.ndim == x.ndim - 1
         self._eraser = None
-        keep = None if mask is None else mask.reshape(-1).to(x.device, torch.bool)
-        flat_x, flat_z = x.reshape(-1, self.x_dim), z.reshape(-1, *z.shape[x.ndim - 1 :])
-        flat_w = None if weight is None else weight.reshape(-1)
-        if keep is not None:
-            flat_x, flat_z = flat_x[keep], flat_z[keep]
-            flat_w = None if flat_w is None else flat_w[keep]
-        for i, fold in enumerate(self._folds):
-            start = (i - rows) % FOLDS
-            rows_w = None if flat_w is None else flat_w[start::FOLDS]
-            fold.update(flat_x[start::FOLDS], flat_z[start::FOLDS], weight=rows_w)
+        flat = [x.reshape(-1, self.x_dim), z.reshape(-1, *z.shape[x.ndim - 1 :]).to(x.device)]
+        extra = [None if v is None else v.reshape(-1).to(x.device) for v in (weight, groups)]
+        if mask is not None:
+            keep = mask.reshape(-1).to(x.device, torch.bool)
+            flat = [value[keep] for value in flat]
+            extra = [None if value is None else value[keep] for value in extra]
+        self._folds.update(*flat, weight=extra[0], groups=extra[1])
 
     def merge(self, other: LeaceFitter) -> Self:
-        """Add what another fitter has seen."""
+        """Add what another fitter has seen.
+
+        Raises:
+            ValueError: If the other's options, classes or space differ.
+        """
+        if self._identity != other._identity:
+            raise ValueError(f"the fitters differ: {self._identity} and {other._identity}")
         self._moments.merge(other._moments)
-        for mine, theirs in zip(self._folds, other._folds, strict=True):
-            mine.merge(theirs)
+        self._folds.merge(other._folds)
+        self._categorical = self._categorical and other._categorical
+        if other._background is not None:
+            background = self._background or Moments(self.x_dim, 1, device=self.mean_x.device)
+            self._background = background.merge(other._background)
         self._eraser = None
         return self
 
-    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Self:
-        """Add what the fitters of all ranks have seen; every rank ends with the same state."""
-        self._moments.all_reduce(group)
-        for fold in self._folds:
-            fold.all_reduce(group)
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """Add what the fitters of all ranks have seen; every rank ends with the same state.
+
+        Raises:
+            ValueError: If options, classes or space differ between ranks.
+        """
+        found: list[object] = [None] * dist.get_world_size(group)
+        mine = (self._identity, self._background is None)
+        dist.all_gather_object(found, mine, group=group)
+        if any(other != mine for other in found):
+            raise ValueError(f"the ranks differ: {found}")
+        background = [] if self._background is None else [self._background]
+        all_reduce_moments([self._moments, *self._folds.parts, *background], group)
         self._eraser = None
         return self
+
+    @property
+    def _identity(self) -> tuple[object, ...]:
+        return (self.config, self.z_kind, self.classes, self.space)
 
     @property
     def n(self) -> int:
@@ -447,21 +540,24 @@ class LeaceFitter:
     def shrinks(self) -> bool:
         """Whether the covariance is shrunk, given the rows seen."""
         if self.config.shrinkage == "auto":
-            return self._moments.n <= ROWS_PER_DIMENSION * self.x_dim
+            extra = 0.0 if self._background is None else self._background.n_effective
+            return self._moments.n_effective + extra <= ROWS_PER_DIMENSION * self.x_dim
         return bool(self.config.shrinkage)
 
     @property
     def sigma_xx(self) -> Tensor:
-        """Covariance of x as used: shrunk, or with Bessel's correction."""
+        """Covariance of x as used: pooled with the background, shrunk or with Bessel's correction."""
         self._need_rows()
-        sigma, n = self._moments.sigma_xx, self._moments.n
+        pooled = self._pooled()
+        sigma, n = pooled.sigma_xx, pooled.n_effective
         return optimal_linear_shrinkage(sigma, n) if self.shrinks else sigma * (n / (n - 1))
 
     @property
     def sigma_xz(self) -> Tensor:
         """Cross-covariance with Bessel's correction, shape ``(d, c)``."""
         self._need_rows()
-        return self._moments.sigma_xz * (self._moments.n / (self._moments.n - 1))
+        n = self._moments.n_effective
+        return self._moments.sigma_xz * (n / (n - 1))
 
     def _need_rows(self) -> None:
         if self._moments.rows < 2:
@@ -482,33 +578,45 @@ class LeaceFitter:
         rtol = (
             config.svd_tol or max(moments.rows, self.x_dim) * torch.finfo(moments.count.dtype).eps
         )
-        sigma = None if config.method == "orth" else moments.sigma_xx
+        pooled = self._pooled()
+        sigma = None if config.method == "orth" else pooled.sigma_xx
         if sigma is not None and self.shrinks:
-            sigma = optimal_linear_shrinkage(sigma, moments.n, inplace=True)
+            sigma = optimal_linear_shrinkage(sigma, pooled.n_effective, inplace=True)
         trace = 0.0 if sigma is None else float(sigma.diagonal().sum())
         metric = None if sigma is None else MetricSolver(sigma, overwrite=True)
-        rests = self._rests()
-        concepts = [whitened_concept(m.sigma_xz, m.sigma_zz) for m in (moments, *rests)]
+        whitening = concept_whitening(moments.sigma_zz)
+        cross_fits = self._folds.rests if self._folds.ready and self._held_out is None else []
+        concepts = [m.sigma_xz @ whitening for m in (moments, *cross_fits)]
         (left, right, strengths), *others = self._factors(metric, concepts, rtol)
-        center = moments.mean_x.clone() if config.affine else None
+        center = pooled.mean_x.clone() if config.affine else None
         map_ = LowRankAffine(left, right, center).scale(config.strength)
         report = self._report(map_)
         if metric is not None:
-            report["canonical_correlations"] = [
-                round(s, 12) for s in strengths[: map_.rank].tolist()
-            ]
+            if self._background is None and not self.shrinks:
+                kept = strengths[: map_.rank].tolist()
+                report["canonical_correlations"] = [round(value, 12) for value in kept]
+            if self._background is not None:
+                report["background_rows"] = self._background.rows
             # E|x' - x|^2 = tr(right^T S right) for orthonormal left, and right^T S right = (left^T S^+ left)^-1
             moved = torch.linalg.inv(left.T @ metric(left)).diagonal().sum()
             report["edit_size"] = config.strength**2 * float(moved) / trace if trace else 0.0
             report["condition"] = metric.condition
-        if rests:
+        norm = metric.whiten if metric is not None else torch.Tensor.clone
+        if self._held_out is not None:
+            maps = [map_] * FOLDS
+            report.update(held_out_gap(maps, self._held_out.pairs, norm, whitening))
+        elif cross_fits:
             maps = [LowRankAffine(lt, rt).scale(config.strength) for lt, rt, _ in others]
-            held = zip(maps, self._folds, strict=True)
-            report.update(_gap_entry([remaining_gap(m, fold.sigma_xz) for m, fold in held]))
+            report.update(held_out_gap(maps, self._folds.pairs, norm, whitening))
         out = map_ if self.dtype is None else map_.to(dtype=self.dtype)
         self._warn(report)
         return LeaceEraser(
-            out.left, out.right.T.contiguous(), out.center, config=config, report=report
+            out.left,
+            out.right.T.contiguous(),
+            out.center,
+            config=config,
+            space=self.space,
+            report=report,
         )
 
     def _factors(
@@ -528,22 +636,6 @@ class LeaceFitter:
         )
         return [erasing_factors(c, w, s, rtol=rtol, rank=rank) for c, w, s in parts]
 
-    def _rests(self) -> list[Moments]:
-        """Return the moments without each fold in turn; empty when rows are too few to cross-fit.
-
-        The metric stays that of all rows: any metric guards, so only the concept's directions must be unseen.
-        """
-        if self._moments.rows < 4 * FOLDS or any(float(fold.count) == 0 for fold in self._folds):
-            return []
-        rests = []
-        for held in range(FOLDS):
-            rest = self._folds[held]._empty(covariance=False)
-            for i, fold in enumerate(self._folds):
-                if i != held:
-                    rest.merge(fold)
-            rests.append(rest)
-        return rests
-
     def _report(self, map_: LowRankAffine) -> dict[str, object]:
         moments = self._moments
         report: dict[str, object] = {
@@ -556,50 +648,34 @@ class LeaceFitter:
             shares = moments.mean_z.tolist()
             names = self.classes or tuple(str(i) for i in range(self.z_dim))
             report["n_per_class"] = {
-                k: round(s * moments.n) for k, s in zip(names, shares, strict=True)
+                k: round(s * moments.rows) for k, s in zip(names, shares, strict=True)
             }
         return report
 
     def _warn(self, report: dict[str, object]) -> None:
         if report["rank"] == 0:
-            warnings.warn(
-                "no direction is correlated with z (is the label constant?): the eraser is the identity",
-                ErasureWarning,
-                stacklevel=5,
+            _say(
+                "no direction is correlated with z (is the label constant?): the eraser is the identity"
             )
             return
+        counts = cast("dict[str, int]", report.get("n_per_class", {}))
+        if few := [name for name, count in counts.items() if count < 2]:
+            _say(
+                f"classes {few[:5]} have fewer than two rows, so what is removed of them is chance"
+            )
+        if report["rank"] == self.x_dim and self.x_dim > 1:
+            _say(f"all {self.x_dim} dimensions are removed: every row becomes the mean")
         asked = (
             self.config.rank is not None
             or self.config.svd_tol is not None
             or self.config.strength != 1
         )
-        if not asked and float(str(report["residual"])) > 1e-6:
-            warnings.warn(
-                f"not guarded: {report['residual']:.2e} of the cross-covariance is left",
-                ErasureWarning,
-                stacklevel=5,
-            )
+        if not asked and float(str(report["residual"])) > GUARDED:
+            _say(f"not guarded: {report['residual']:.2e} of the cross-covariance is left")
 
 
-def _gap_entry(gaps: list[float]) -> dict[str, object]:
-    values = torch.tensor(gaps, dtype=torch.float64)
-    mean = float(values.mean())
-    half = T_975 * float(values.std()) / math.sqrt(len(gaps))
-    return {"held_out_gap": mean, "held_out_gap_interval": [max(0.0, mean - half), mean + half]}
-
-
-def held_out_report(
-    eraser: RepresentationEraser, x: object, z: object, *, z_kind: LabelKind, names: tuple[str, ...]
-) -> dict[str, object]:
-    """Return the share of the class-mean gap left on rows never fitted on, with a 95 % interval."""
-    data, labels, _ = read_data(x, z, z_kind, classes=names or None)
-    flat = data.reshape(-1, data.shape[-1])
-    gaps = []
-    for i in range(FOLDS):
-        part = Moments(flat.shape[1], labels.width, covariance=False, device=flat.device)
-        part.update(flat[i::FOLDS], labels.values[i::FOLDS])
-        gaps.append(remaining_gap(eraser.map, part.sigma_xz))
-    return _gap_entry(gaps)
+def _say(message: str) -> None:
+    warnings.warn(message, ErasureWarning, stacklevel=6)
 
 
 def read_data(
