@@ -61,10 +61,9 @@ def test_every_site_is_guarded_with_all_erasers_attached() -> None:
     model, tokenizer, data = tiny("llama"), TinyTokenizer(), read_data(SMALL)["fit"]
     sites = residual_sites(model, (0, 1, -1))
     assert sites == ["residual.0", "residual.1", "residual.2"]
-    first = collect(model, tokenizer, data.texts, sites=sites[0]).x
     with ExitStack() as stack:
         fit_in_order(
-            model, tokenizer, data, first, sites,
+            model, tokenizer, data, sites,
             stack=stack, batch_size=16, bars=Progress(False),
         )  # fmt: skip
         erased = collect(model, tokenizer, data.texts, sites=sites, dtype=torch.float64)
