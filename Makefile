@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= demo-out
+BENCH ?= bench-out
 JOBS ?= 2
 ARGS ?=
 # One thread a process: several small processes are faster than one that fights over two cores.
@@ -44,8 +45,13 @@ test-all: $(VENV)/.dev ## Also the tests on real models (several minutes more)
 test-gpu: $(VENV)/.dev ## Tests that need an accelerator
 	$(PYTEST) -m gpu $(ARGS)
 
-bench: $(VENV)/.dev ## Exactness and speed table, against concept-erasure 0.2.4
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/linear.py $(ARGS)
+$(VENV)/reference: | $(BIN)/python
+	$(PIP) install --quiet --no-deps --target $@ concept-erasure==0.2.4
+
+bench: $(VENV)/.dev $(VENV)/reference ## Exactness, speed against concept-erasure 0.2.4, all layers from one pass
+	mkdir -p $(BENCH)
+	$(BIN)/python -m tests.benchmarks.linear --out $(BENCH)/linear.json --reference $(VENV)/reference $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.layers --out $(BENCH)/layers.json
 
 docs: $(VENV)/.dev ## Build docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -20,14 +20,14 @@ from concept_erasure import LeaceFitter, fit_streaming
 from concept_erasure.evals.models import load_smollm2
 from concept_erasure.evals.texts import gender_texts
 
-SIZES = (100, 200, 400)
+SIZES = (200, 800, 2000)
 
 
 def measure(texts: int) -> dict[str, float]:
     """Fit every residual site on the first ``texts`` texts of the generator."""
     model, tokenizer = load_smollm2()
     items = gender_texts("fit", texts, seed=0)
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
     start = time.process_time()
     labels = torch.tensor([item.gender for item in items])
     fitters = fit_streaming(
