@@ -3,33 +3,60 @@
 The model is left bit-identical: hooks and evaluation mode last for one batch and end in `finally`,
 so that nothing remains even when a stream is left half-way. Texts are padded on the right while
 the tokenizer is used (positions then do not depend on the batch) and its own settings put back.
+
+The first batch runs to the end and shows how often each site is met. If each is met once, later
+batches stop at the last of them: reading inner layers does not pay for the outer ones.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from concept_erasure.edit import base_fingerprint
 from concept_erasure.errors import ShapeError, SiteNotFoundError
-from concept_erasure.labels import encode_labels
+from concept_erasure.labels import encode_concepts
 from concept_erasure.sites import Site, Space, hook, model_id, resolve
 
-__all__ = ["Fitter", "Representations", "Tokens", "collect", "fit_streaming", "select", "stream"]
+__all__ = [
+    "Fitter",
+    "Progress",
+    "Reached",
+    "Representations",
+    "Tokens",
+    "accepted",
+    "check_texts",
+    "collect",
+    "encode_batch",
+    "evaluating",
+    "fit_streaming",
+    "select",
+    "stream",
+]
 
 Tokens = Literal["last", "first", "mean", "all"]
 _TOKENS = ("last", "first", "mean", "all")
-Progress = Callable[[int, int], None]
+Progress = bool | Callable[[int, int], None]
+
+
+class Reached(Exception):  # noqa: N818 not an error
+    """Ends a forward pass that has served its purpose; always caught where it is raised for."""
 
 
 class Fitter(Protocol):
-    """Anything with `update(x, z)`."""
+    """Anything with `update(x, z)`.
+
+    A `space` that is `None` is filled in. With `classes`, labels are handed on as they were given.
+    `update_background(x)` is needed for `background=True` only.
+    """
 
     def update(self, x: Tensor, z: Tensor) -> object:
         """Take one batch: x (n, d), z (n,) or (n, c)."""
@@ -45,7 +72,8 @@ class Representations:
 
     Attributes:
         x: (n, d).
-        z: n labels, in the form they were given; `None` without labels.
+        z: n labels, in the form they were given (a mapping holds n for each concept); `None`
+            without labels.
         space: model, site and token rule; `None` for bare vectors.
         rows: (n,) index of the text behind each vector; `None` when vector i is text i.
     """
@@ -59,8 +87,8 @@ class Representations:
         if self.x.ndim != 2:
             raise ShapeError(f"x must be (n, d); got shape {tuple(self.x.shape)}")
         for name, value in (("z", self.z), ("rows", self.rows)):
-            if value is not None and len(value) != len(self.x):
-                raise ShapeError(f"{len(self.x)} vectors but {len(value)} {name}")
+            if value is not None and _count(value) != len(self.x):
+                raise ShapeError(f"{len(self.x)} vectors but {_count(value)} {name}")
         if self.space is not None and self.space.width != self.x.shape[1]:
             raise ShapeError(f"x has width {self.x.shape[1]} but its space {self.space.width}")
 
@@ -100,8 +128,20 @@ class Representations:
         return self[first.nonzero()[:, 0]], self[(~first).nonzero()[:, 0]]
 
 
+def _count(z: Sized) -> int:
+    """Return the number of rows labelled; a mapping holds one sequence for each concept."""
+    if not isinstance(z, Mapping):
+        return len(z)
+    counts = {str(name): len(cast("Sized", values)) for name, values in z.items()}
+    if len(set(counts.values())) != 1:
+        raise ShapeError(f"a mapping of labels needs as many for every concept; got {counts}")
+    return next(iter(counts.values()))
+
+
 def take(z: Sized, index: Tensor) -> Sized:
-    """Return the labels at an index (m,), in the form they have (tensor, array, pandas, list)."""
+    """Return the labels at an index (m,), in their form (tensor, array, pandas, list, mapping)."""
+    if isinstance(z, Mapping):
+        return {name: take(values, index) for name, values in z.items()}
     if isinstance(z, Tensor):
         return z[index.to(z.device)]
     numbers = index.tolist()
@@ -150,7 +190,8 @@ def select(x: Tensor, mask: Tensor, tokens: Tokens) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode without gradients; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -179,17 +220,36 @@ def _right_padding(tokenizer: Callable[..., Any]) -> Iterator[None]:
             settings.pad_token = pad
 
 
-def _encode(
+def encode_batch(
     model: nn.Module,
     tokenizer: Callable[..., Any],
-    texts: list[str],
+    texts: Sequence[str],
     start: int,
     max_length: int | None,
 ) -> dict[str, Tensor]:
-    """Tokenize one batch; refuse texts without tokens and texts longer than the model allows."""
+    """Tokenize one batch, padded on the right.
+
+    Args:
+        model: the model that will read it.
+        tokenizer: its tokenizer.
+        texts: b texts.
+        start: number of the first text, for messages.
+        max_length: truncate to this many tokens; `None` truncates nothing.
+
+    Returns:
+        `input_ids`, `attention_mask` and perhaps `token_type_ids`, (b, t), on the model's device.
+
+    Raises:
+        TypeError: a text is not a string.
+        ValueError: a text has no tokens.
+        ShapeError: a text is longer than the model allows.
+    """
+    for row, text in enumerate(texts, start):
+        if not isinstance(text, str):
+            raise TypeError(f"text {row} is {type(text).__name__}, not a string")
     with _right_padding(tokenizer):
         coded = tokenizer(
-            texts,
+            list(texts),
             padding=True,
             truncation=max_length is not None,
             max_length=max_length,
@@ -209,7 +269,19 @@ def _encode(
         )
     names = ("input_ids", "attention_mask", "token_type_ids")
     device = _input_device(model)
-    return {name: coded[name].to(device) for name in names if name in coded}
+    order = (mask == 0).to(torch.int8).argsort(dim=1, stable=True)  # a tokenizer may pad left still
+    return {name: coded[name].gather(1, order).to(device) for name in names if name in coded}
+
+
+def accepted(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of a forward pass: the inputs it takes, and no cache."""
+    known = inspect.signature(module.forward).parameters
+    arguments: dict[str, Any] = {
+        name: value for name, value in inputs.items() if name != "token_type_ids" or name in known
+    }
+    if "use_cache" in known:
+        arguments["use_cache"] = False
+    return arguments
 
 
 def _max_positions(model: nn.Module) -> int | None:
@@ -235,49 +307,131 @@ def _runner(model: nn.Module, sites: Sequence[Site]) -> nn.Module:
     return base if all(id(model.get_submodule(s.module)) in inside for s in sites) else model
 
 
-def _forward(
-    model: nn.Module, inputs: dict[str, Tensor], sites: Sequence[Site], tokens: Tokens
-) -> dict[str, Tensor]:
-    """Run one batch and return the requested rows at every site."""
-    kept: dict[str, Tensor] = {}
-    mask = inputs["attention_mask"]
-    runner = _runner(model, sites)
-    known = inspect.signature(runner.forward).parameters
-    arguments: dict[str, Any] = {
-        name: value for name, value in inputs.items() if name != "token_type_ids" or name in known
-    }
-    if "use_cache" in known:
-        arguments["use_cache"] = False
-    with ExitStack() as stack:
-        for site in sites:
-
-            def keep(x: Tensor, name: str = site.name) -> None:
-                kept[name] = select(x, mask, tokens).detach().clone()
-
-            stack.callback(hook(model, site, keep).remove)
-        stack.enter_context(_evaluating(model))
-        runner(**arguments)
-    missing = [site.name for site in sites if site.name not in kept]
-    if missing:
-        raise SiteNotFoundError(f"the forward pass did not reach {', '.join(missing)}")
-    return {site.name: kept[site.name] for site in sites}
+def _may_stop(model: nn.Module) -> bool:
+    """Say whether a forward pass may be left half-way: nobody else acts after a module's forward."""
+    return not any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or hasattr(module, "_hf_hook")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or type(module).__module__.startswith(("torch._dynamo", "torch.distributed"))
+        for module in model.modules()
+    )
 
 
-def _check(
-    texts: Sequence[str], labels: Sized | None, tokens: str, batch_size: int, max_length: int | None
-) -> None:
+class _Reader:
+    """Runs batches and keeps the requested rows at every site."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], rules: Sequence[Tokens]) -> None:
+        self.model, self.sites, self.rules = model, sites, rules
+        self.runner = _runner(model, sites)
+        self.once = False  # a whole pass met every site once
+
+    def __call__(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Return the rows by site name, for every token rule."""
+        kept: dict[str, list[Tensor]] = {}
+        met: Counter[str] = Counter()
+        mask = inputs["attention_mask"]
+        stop = self.once and _may_stop(self.model)
+        with ExitStack() as stack:
+            for site in self.sites:
+
+                def keep(x: Tensor, name: str = site.name) -> None:
+                    kept[name] = [select(x, mask, rule).detach().clone() for rule in self.rules]
+                    met[name] += 1
+                    if stop and len(kept) == len(self.sites):
+                        raise Reached
+
+                stack.callback(hook(self.model, site, keep).remove)
+            stack.enter_context(evaluating(self.model))
+            with suppress(Reached):
+                self.runner(**accepted(self.runner, inputs))
+        missing = [site.name for site in self.sites if site.name not in kept]
+        if missing:
+            raise SiteNotFoundError(f"the forward pass did not reach {', '.join(missing)}")
+        self.once = all(count == 1 for count in met.values())
+        return [
+            {site.name: kept[site.name][i] for site in self.sites} for i in range(len(self.rules))
+        ]
+
+
+def check_texts(texts: Sequence[str], batch_size: int, max_length: int | None) -> None:
+    """Refuse one string, no texts, and options out of range.
+
+    Raises:
+        TypeError: one string was given.
+        ValueError: no texts, or an option is out of range.
+    """
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of texts; got one string, pass [text]")
     if len(texts) == 0:
         raise ValueError("texts is empty; at least one text is needed")
-    if labels is not None and len(labels) != len(texts):
-        raise ShapeError(f"{len(texts)} texts but {len(labels)} labels; one label per text")
-    if tokens not in _TOKENS:
-        raise ValueError(f"tokens must be one of {', '.join(_TOKENS)}; got {tokens!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length must be at least 1; got {max_length}")
+
+
+def _check_labels(labels: Sized | None, n: int) -> None:
+    if labels is not None and (count := _count(labels)) != n:
+        raise ShapeError(f"{n} texts but {count} labels; one label per text")
+
+
+@contextmanager
+def _shown(progress: Progress | None, total: int, title: str) -> Iterator[Callable[[int], object]]:
+    """Give a function that is told how many texts are done."""
+    if callable(progress):
+        call = progress
+        yield lambda done: call(done, total)
+        return
+    off = None if progress is None else not progress  # None: off unless stderr is a terminal
+    with tqdm(total=total, desc=title, unit=" texts", disable=off) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over texts, batch by batch."""
+
+    model: nn.Module
+    tokenizer: Callable[..., Any]
+    texts: Sequence[str]
+    sites: list[Site]
+    rules: tuple[Tokens, ...]
+    batch_size: int
+    max_length: int | None
+    dtype: torch.dtype | None
+    progress: Progress | None
+    title: str
+
+    def __post_init__(self) -> None:
+        check_texts(self.texts, self.batch_size, self.max_length)
+        if self.rules[0] not in _TOKENS:
+            raise ValueError(f"tokens must be one of {', '.join(_TOKENS)}; got {self.rules[0]!r}")
+        if not (
+            self.progress is None or isinstance(self.progress, bool) or callable(self.progress)
+        ):
+            raise TypeError(
+                "progress must be True, False, None or a function of (texts done, texts in all); "
+                f"got {self.progress!r}"
+            )
+
+    def __iter__(self) -> Iterator[tuple[list[dict[str, Tensor]], Tensor]]:
+        """Yield the vectors by site for every rule, and the texts of the first rule's vectors."""
+        read = _Reader(self.model, self.sites, self.rules)
+        total = len(self.texts)
+        with _shown(self.progress, total, self.title) as tell:
+            for start in range(0, total, self.batch_size):
+                part = list(self.texts[start : start + self.batch_size])
+                inputs = encode_batch(self.model, self.tokenizer, part, start, self.max_length)
+                found = read(inputs)
+                rows = torch.arange(start, start + len(part))
+                if self.rules[0] == "all":
+                    rows = rows.repeat_interleave((inputs["attention_mask"] != 0).sum(1).cpu())
+                if self.dtype is not None:
+                    found = [{k: x.to(self.dtype) for k, x in by.items()} for by in found]
+                yield found, rows
+                tell(start + len(part))
 
 
 def stream(
@@ -305,7 +459,8 @@ def stream(
         batch_size: texts per forward pass.
         max_length: truncate to this many tokens; `None` truncates nothing.
         dtype: of the result; default the model's.
-        progress: called with (texts done, texts in all) after every batch.
+        progress: `True` shows a bar, `None` does on a terminal; or a function, called with (texts
+            done, texts in all) after every batch.
 
     Returns:
         Iterator over ({site: (m, d)}, rows): `rows` (m,) is the index of the text of each vector.
@@ -314,25 +469,14 @@ def stream(
         SiteNotFoundError: a site does not exist or is not reached.
         ShapeError: labels and texts differ in number, or a text is too long for the model.
         ValueError: no texts, an empty text, or an option out of range.
+        TypeError: texts, sites or progress are of the wrong type.
     """
-    _check(texts, labels, tokens, batch_size, max_length)
-    places = resolve(model, sites)
-
-    def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
-            inputs = _encode(model, tokenizer, part, start, max_length)
-            found = _forward(model, inputs, places, tokens)
-            rows = torch.arange(start, start + len(part))
-            if tokens == "all":
-                rows = rows.repeat_interleave((inputs["attention_mask"] != 0).sum(1).cpu())
-            if dtype is not None:
-                found = {name: x.to(dtype) for name, x in found.items()}
-            yield found, rows
-            if progress is not None:
-                progress(start + len(part), len(texts))
-
-    return batches()
+    batches = _Pass(
+        model, tokenizer, texts, resolve(model, sites), (tokens,), batch_size, max_length, dtype,
+        progress, "reading texts",
+    )  # fmt: skip
+    _check_labels(labels, len(texts))
+    return ((found[0], rows) for found, rows in batches)
 
 
 @overload
@@ -386,20 +530,22 @@ def collect(
         model: a Hugging Face model.
         tokenizer: its tokenizer; called, never changed.
         texts: n texts.
-        labels: n labels in any form; with `tokens="all"` each is repeated for the text's tokens.
+        labels: n labels in any form, or a mapping with n for each concept; with `tokens="all"` each
+            is repeated for the text's tokens.
         sites: a string naming one site, or a list of names and patterns.
         tokens: `last`, `first`, `mean` or `all` real tokens of each text.
         batch_size: texts per forward pass.
         max_length: truncate to this many tokens; `None` truncates nothing.
         dtype: of x; default the model's.
-        progress: called with (texts done, texts in all) after every batch.
+        progress: `True` shows a bar, `None` does on a terminal; or a function, called with (texts
+            done, texts in all) after every batch.
 
     Returns:
         One `Representations` for a string, a dictionary by site name for a list.
 
     Raises:
         SiteNotFoundError: a site does not exist, or a string names several.
-        ShapeError, ValueError: as `stream`.
+        ShapeError, ValueError, TypeError: as `stream`.
     """
     places = resolve(model, sites)
     if isinstance(sites, str) and len(places) != 1:
@@ -435,6 +581,7 @@ def fit_streaming(
     sites: str | Sequence[str],
     fitter: Callable[[int], F],
     tokens: Tokens = "last",
+    background: bool = False,
     batch_size: int = 32,
     max_length: int | None = None,
     dtype: torch.dtype | None = None,
@@ -446,33 +593,69 @@ def fit_streaming(
         model: a Hugging Face model.
         tokenizer: its tokenizer; called, never changed.
         texts: n texts.
-        labels: n labels. A tensor is handed on as it is; anything else is encoded once for all
-            batches (`encode_labels`), so that class numbers do not depend on the batch.
+        labels: n labels, or a mapping or table with n for each concept (then erased jointly). A
+            tensor is handed on as it is; anything else is encoded once for all batches
+            (`encode_concepts`), so that class numbers do not depend on the batch.
         sites: names, patterns or module paths.
         fitter: called with the width d of a site, returns its fitter.
         tokens: `last`, `first`, `mean` or `all` real tokens of each text.
+        background: give all real tokens of the texts to `update_background(x)` as well: an eraser
+            in a language model acts on every token, so its edit should be small on every token and
+            not only on those that carry labels. Changes nothing with `tokens="all"`.
         batch_size: texts per forward pass.
         max_length: truncate to this many tokens; `None` truncates nothing.
         dtype: of x; default the model's.
-        progress: called with (texts done, texts in all) after every batch.
+        progress: `True` shows a bar, `None` does on a terminal; or a function, called with (texts
+            done, texts in all) after every batch.
 
     Returns:
-        The fitters by site name; `update(x, z)` was called once per batch with x (m, d).
+        The fitters by site name; `update(x, z)` was called once per batch with x (m, d). A fitter
+        with a `space` of `None` gets its space, which its eraser carries.
 
     Raises:
         SiteNotFoundError, ShapeError, ValueError: as `stream`.
+        TypeError: as `stream`, or `background` and the fitter has no `update_background`.
     """
     if labels is None:
         raise ValueError("labels is None; a fitter needs one label per text")
-    batches = stream(
-        model, tokenizer, texts, labels, sites=sites, tokens=tokens, batch_size=batch_size,
-        max_length=max_length, dtype=dtype, progress=progress,
+    rules: tuple[Tokens, ...] = (tokens, "all") if background and tokens != "all" else (tokens,)
+    batches = _Pass(
+        model, tokenizer, texts, resolve(model, sites), rules, batch_size, max_length, dtype,
+        progress, "fitting",
     )  # fmt: skip
-    z = labels if isinstance(labels, Tensor) else encode_labels(labels, n=len(texts)).values
+    _check_labels(labels, len(texts))
+    z = labels if isinstance(labels, Tensor) else encode_concepts(labels, n=len(texts)).values
+    name_of_model, mark = model_id(model), base_fingerprint(model)
     fitters: dict[str, F] = {}
     for found, rows in batches:
-        for name, x in found.items():
+        for name, x in found[0].items():
             if name not in fitters:
-                fitters[name] = fitter(x.shape[1])
-            fitters[name].update(x, z[rows.to(z.device)].to(x.device))
+                space = Space(name_of_model, mark, name, tokens, x.shape[1])
+                fitters[name] = _placed(fitter(x.shape[1]), space, len(rules) > 1)
+            one = fitters[name]
+            one.update(x, _labels_for(one, labels, z, rows, x.device))
+            if len(found) > 1:
+                cast("Any", one).update_background(found[1][name])
     return fitters
+
+
+def _placed(fitter: F, space: Space, background: bool) -> F:
+    """Give a fitter its space, if it keeps one and has none."""
+    if background and not callable(getattr(fitter, "update_background", None)):
+        raise TypeError(
+            f"background=True needs a fitter with update_background(x), such as LeaceFitter; "
+            f"{type(fitter).__name__} has none: leave background out"
+        )
+    if hasattr(fitter, "space") and fitter.space is None:
+        fitter.space = space
+    return fitter
+
+
+def _labels_for(
+    fitter: object, labels: Sized, z: Tensor, rows: Tensor, device: torch.device
+) -> Tensor:
+    """Return the labels of some rows; a fitter that names its classes numbers them itself."""
+    single = not isinstance(labels, Tensor | Mapping) and not hasattr(labels, "columns")
+    if single and getattr(fitter, "classes", None):
+        return cast("Tensor", take(labels, rows))
+    return z[rows.to(z.device)].to(device)

@@ -4,53 +4,69 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast, get_args, overload
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from concept_erasure import registry
-from concept_erasure.edit import (
-    BiasPatch,
-    DensePatch,
-    Edit,
-    HookPatch,
-    Patch,
-    base_fingerprint,
-    check_writable,
+from concept_erasure._storage import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    UPGRADE,
+    WEIGHTS_FILE,
+    config_from,
+    json_default,
+    library_version,
+    local_folder,
+    manifest,
+    plain,
+    read_config,
+    read_tensors,
+    write,
 )
-from concept_erasure.errors import EditError, FormatError, ShapeError, SpaceError
+from concept_erasure.edit import Edit, HookPatch, base_fingerprint, lineage, same_lineage
+from concept_erasure.errors import FormatError, ShapeError, SiteNotFoundError, SpaceError
+from concept_erasure.fold import Bias, fold_patches
 from concept_erasure.linalg import LowRankAffine
-from concept_erasure.sites import Site, Space, resolve, width_at
+from concept_erasure.sites import Site, Space, find_sites, resolve, width_at
+
+if TYPE_CHECKING:
+    from concept_erasure.collect import Representations
 
 __all__ = ["Eraser", "EraserConfig", "ModelEraser", "RepresentationEraser"]
-
-FORMAT_VERSION = 1
-WEIGHTS_FILE, CONFIG_FILE, CARD_FILE = "eraser.safetensors", "eraser_config.json", "README.md"
-CONFIG_KEYS = {
-    "format_version",
-    "library_version",
-    "method",
-    "config",
-    "space",
-    "report",
-    "tensors",
-}
-UPGRADE = "pip install --upgrade deconcept"
+TOKEN_RULES = ("last", "first", "mean", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EraserConfig:
-    """Options an eraser was fitted with; subclasses add fields of plain JSON types."""
+    """Options an eraser was fitted with; subclasses add fields of plain JSON types.
+
+    NumPy scalars and tensors of one element become plain numbers before the subclass checks them.
+    """
+
+    def __init_subclass__(cls) -> None:
+        check = cls.__dict__.get("__post_init__")
+        if check is None:
+            return
+
+        def cast_and_check(self: EraserConfig) -> None:
+            EraserConfig.__post_init__(self)
+            check(self)
+
+        cls.__post_init__ = cast_and_check  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -77,10 +93,15 @@ class Eraser(ABC):
 
     @property
     def digest(self) -> str:
-        """Hash of method, tensors and options: equal erasers have equal digests."""
-        sha = hashlib.sha256(self.method.encode())
-        for name, value in sorted(self.tensors().items()):
-            sha.update(name.encode())
+        """Hash of method, options, and the tensors with their shapes and dtypes: equal erasers have equal digests."""
+        tensors = self.tensors()
+        header = {
+            "method": self.method,
+            "config": asdict(self.config),
+            "tensors": manifest(tensors),
+        }
+        sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        for _, value in sorted(tensors.items()):
             flat = value.detach().cpu().contiguous().reshape(-1)
             sha.update(flat.view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()[:16]
@@ -93,11 +114,20 @@ class Eraser(ABC):
             name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
             for name, value in self.tensors().items()
         }
-        return replace(self, **moved)  # type: ignore[arg-type]  # names of tensor fields
+        return self._same_as(replace(self, **moved))  # type: ignore[arg-type]  # names of tensor fields
 
     def with_space(self, space: Space | None) -> Self:
         """Return a copy that claims another space (None: any, with ``sites=`` said and widths checked)."""
-        return replace(self, space=space)
+        return self._same_as(replace(self, space=space))
+
+    @property
+    def _identity(self) -> str:
+        """Digest of the eraser this is a copy of, in whatever dtype; its own if it is not a copy."""
+        return cast("str | None", getattr(self, "_copy_of", None)) or self.digest
+
+    def _same_as(self, copy: Self) -> Self:
+        object.__setattr__(copy, "_copy_of", self._identity)
+        return copy
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write tensors, config and card to a folder; each file appears whole or not at all.
@@ -112,17 +142,21 @@ class Eraser(ABC):
         stored = {k: v.detach().cpu().contiguous().clone() for k, v in self.tensors().items()}
         record = {
             "format_version": FORMAT_VERSION,
-            "library_version": _library_version(),
+            "library_version": library_version(),
             "method": self.method,
             "config": asdict(self.config),
             "space": None if self.space is None else self.space.to_dict(),
             "report": dict(self.report),
-            "tensors": _manifest(stored),
+            "tensors": manifest(stored),
+            "digest": self.digest,
         }
-        text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        _write(folder / WEIGHTS_FILE, lambda p: save_file(stored, p))
-        _write(folder / CARD_FILE, lambda p: p.write_text(self.card(), encoding="utf-8"))
-        _write(folder / CONFIG_FILE, lambda p: p.write_text(text, encoding="utf-8"))
+        text = (
+            json.dumps(record, indent=2, sort_keys=True, allow_nan=False, default=json_default)
+            + "\n"
+        )
+        write(folder / WEIGHTS_FILE, lambda p: save_file(stored, p))
+        write(folder / CARD_FILE, lambda p: p.write_text(self.card(), encoding="utf-8"))
+        write(folder / CONFIG_FILE, lambda p: p.write_text(text, encoding="utf-8"))
         return folder
 
     def push_to_hub(
@@ -148,27 +182,33 @@ class Eraser(ABC):
             FileNotFoundError: If the folder or repository holds no eraser.
             FormatError: If a file is damaged, newer than this library, or not what it claims to be.
         """
-        folder = _local_folder(path_or_repo, revision)
+        folder = local_folder(path_or_repo, revision)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}; is it a saved eraser?")
-        record = _read_config(folder / CONFIG_FILE)
+        record = read_config(folder / CONFIG_FILE)
         try:
             kind = registry.load(cast("str", record["method"]))
         except KeyError as error:
             raise FormatError(f"{folder / CONFIG_FILE}: {error.args[0]}; or {UPGRADE}") from None
         if not issubclass(kind, cls):
             raise FormatError(f"{folder} holds a {kind.__name__}; you asked for a {cls.__name__}")
-        tensors = _read_tensors(folder / WEIGHTS_FILE)
-        if _manifest(tensors) != record["tensors"]:
+        tensors = read_tensors(folder / WEIGHTS_FILE)
+        if manifest(tensors) != record["tensors"]:
             raise FormatError(
-                f"{folder / WEIGHTS_FILE} holds {_manifest(tensors)}; {CONFIG_FILE} says {record['tensors']}"
+                f"{folder / WEIGHTS_FILE} holds {manifest(tensors)}; {CONFIG_FILE} says {record['tensors']}"
             )
-        return kind._build(record, tensors, folder)
+        built = kind._build(record, tensors, folder)
+        if built.digest != record["digest"]:
+            raise FormatError(
+                f"{folder}: {WEIGHTS_FILE} and {CONFIG_FILE} do not belong together (digest {built.digest}, "
+                f"not {record['digest']}): changed by hand, or saving was interrupted. Save the eraser again"
+            )
+        return built
 
     @classmethod
     def _build(cls, record: dict[str, object], tensors: dict[str, Tensor], folder: Path) -> Self:
-        config = _dataclass_from(cls.config_type, record["config"], folder / CONFIG_FILE)
+        config = config_from(cls.config_type, record["config"], folder / CONFIG_FILE)
         own = {f.name: f for f in fields(cls) if f.name not in {"config", "space", "report"}}
         missing = (
             {n for n, f in own.items() if f.default is MISSING and f.default_factory is MISSING}
@@ -188,6 +228,7 @@ class Eraser(ABC):
             absent: dict[str, Tensor | None] = dict.fromkeys(cls._optional_tensors() - set(tensors))
             built = cls(**tensors, **absent, config=config, space=space, report=record["report"])  # type: ignore[arg-type]
             built._check()
+            built._check_space()
         except (ShapeError, SpaceError, TypeError, ValueError, KeyError) as error:
             raise FormatError(f"{folder}: {error}") from None
         return built
@@ -198,7 +239,14 @@ class Eraser(ABC):
         return set()
 
     def _check(self) -> None:  # noqa: B027 most erasers have nothing to check
-        """Raise ShapeError if the tensors do not fit together; called on load."""
+        """Raise ShapeError or TypeError if the tensors do not fit together; called on load."""
+
+    def _check_space(self) -> None:
+        """Raise SpaceError if the space cannot be this eraser's; called on load."""
+        if self.space is not None and self.space.tokens not in TOKEN_RULES:
+            raise SpaceError(
+                f"space.tokens must be one of {', '.join(TOKEN_RULES)}; got {self.space.tokens!r}"
+            )
 
     def card(self) -> str:
         """Return the erasure card: what was fitted, what was measured, what was not tried."""
@@ -212,26 +260,67 @@ class Eraser(ABC):
         return f"{type(self).__name__}({shapes}; fitted on {where})"
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class RepresentationEraser(Eraser):
-    """An eraser with a map on vectors, so it works on tensors and at any site of a model."""
+    """The map ``x - (x - bias) proj_right^T proj_left^T`` on vectors, so it works on tensors and in models.
+
+    Attributes:
+        proj_left: Thin factor, shape ``(d, k)``.
+        proj_right: Thin factor, shape ``(k, d)``.
+        bias: Point that stays where it is, usually the mean of the fit data, shape ``(d,)``; None is the origin.
+    """
+
+    proj_left: Tensor
+    proj_right: Tensor
+    bias: Tensor | None
 
     @property
-    @abstractmethod
     def map(self) -> LowRankAffine:
         """The low-rank affine map that is applied."""
+        return LowRankAffine(self.proj_left, self.proj_right.T, self.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Erase the concept from ``x`` of shape ``(..., d)``; device, dtype and shape are kept."""
-        return self.map(x)
+    @property
+    def P(self) -> Tensor:  # noqa: N802 the papers' symbol
+        """The dense projection, shape ``(d, d)``; for looking, never for applying."""
+        return self.map.matrix
+
+    @overload
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: Representations) -> Representations: ...
+
+    def __call__(self, x: Tensor | Representations) -> Tensor | Representations:
+        """Erase the concept.
+
+        Args:
+            x: Tensor of shape ``(..., d)``, or `Representations` of width d.
+
+        Returns:
+            The same with device, dtype and shape kept; `Representations` keep labels and space.
+
+        Raises:
+            SpaceError: If the representations come from another model or site than the eraser.
+            ShapeError: If the width is another.
+            TypeError: If x is neither, or not floating point.
+        """
+        from concept_erasure.collect import Representations  # noqa: PLC0415 needed for them only
+
+        if not isinstance(x, Representations):
+            return self.map(x)
+        if self.space is not None and x.space is not None:
+            _check_same_space(self.space, x.space)
+        return replace(x, x=self.map(x.x))
 
     def attach(self, model: nn.Module, *, sites: str | Sequence[str] | None = None) -> Edit:
         """Erase at sites by forward hooks; works at every site and touches no weight.
 
         Args:
             model: A Hugging Face transformer.
-            sites: Site names or patterns; default the site the eraser was fitted at.
+            sites: Site names or patterns; default the site the eraser was fitted at. Names of one place count once.
 
         Raises:
+            EditError: If this eraser, in whatever dtype, is in force at one of the places already.
             SpaceError: If the eraser was fitted in another model or at another site.
             SiteNotFoundError: If nothing matches.
             ShapeError: If a site has another width.
@@ -242,7 +331,7 @@ class RepresentationEraser(Eraser):
             model,
             [HookPatch(site, function) for site in places],
             label=self._label(places),
-            key=self._key(places),
+            key=self._keys(model, places),
         )
 
     def apply(
@@ -250,63 +339,98 @@ class RepresentationEraser(Eraser):
         model: nn.Module,
         *,
         sites: str | Sequence[str] | None = None,
-        bias: Literal["add", "refuse"] = "add",
+        bias: Bias = "auto",
     ) -> Edit:
         """Fold the map into the weights beside the sites, where that is exact.
 
         Args:
             model: A Hugging Face transformer.
-            sites: Site names or patterns; default the site the eraser was fitted at.
-            bias: The affine offset needs a bias: ``"add"`` one to linear modules that have none, or ``"refuse"``.
+            sites: Site names or patterns; default the site the eraser was fitted at. Names of one place count once.
+            bias: What to do where the affine offset needs a bias that a linear module lacks. ``"auto"``: add it if
+                the architecture can save it. Its configuration then gets the setting (such as ``attention_bias``)
+                and every module the setting covers a bias of zeros; otherwise refuse. ``"add"``: add it in memory
+                even if ``save_pretrained`` and ``from_pretrained`` will lose it. ``"refuse"``: never add one.
 
         Raises:
-            EditError: If the fold would not be exact (use `attach`), or a weight cannot be changed.
+            EditError: If the fold would not be exact (use `attach`), a weight cannot be changed, a bias is missing
+                and must not be added, or this eraser is in force at one of the places already.
             SpaceError: If the eraser was fitted in another model or at another site.
             SiteNotFoundError: If nothing matches.
             ShapeError: If a site has another width.
         """
-        if bias not in ("add", "refuse"):
-            raise ValueError(f"bias must be 'add' or 'refuse'; got {bias!r}")
+        if bias not in get_args(Bias):
+            raise ValueError(f"bias must be 'auto', 'add' or 'refuse'; got {bias!r}")
         places = self._places(model, sites)
-        patches: list[Patch] = []
-        for site in places:
-            patches.extend(fold_patches(model, site, self.map, add_bias=bias == "add"))
-        return Edit(model, patches, label=self._label(places), key=self._key(places))
+        return Edit(
+            model,
+            fold_patches(model, places, self.map, bias=bias),
+            label=self._label(places),
+            key=self._keys(model, places),
+        )
 
     def _label(self, places: Sequence[Site]) -> str:
         return f"{self.method} at {', '.join(site.name for site in places)}"
 
-    def _key(self, places: Sequence[Site]) -> str:
-        return f"{self.digest}:{','.join(sorted(site.name for site in places))}"
+    def _keys(self, model: nn.Module, places: Sequence[Site]) -> set[str]:
+        aliases = _aliases(model)
+        names = {n for site in places for n in aliases.get(_place(site), {_place(site)})}
+        return {f"{self._identity}@{name}" for name in names}
 
     def _places(self, model: nn.Module, sites: str | Sequence[str] | None) -> list[Site]:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch module; got {type(model).__name__}")
         if self.space is not None:
-            found = base_fingerprint(model)
-            if found != self.space.fingerprint:
+            if self.space.fingerprint not in lineage(model):
                 raise SpaceError(
                     f"this eraser was fitted in {self.space.model} (weights {self.space.fingerprint[:12]}); "
-                    f"this model has weights {found[:12]}. Fit it again, or use with_space(None) if you are sure"
+                    f"this model has weights {base_fingerprint(model)[:12]}. Fit it again, or use "
+                    "with_space(None) if you are sure"
                 )
             sites = self.space.site if sites is None else sites
         if sites is None:
             raise SpaceError(
                 "this eraser was fitted on bare tensors and does not know its place; say sites='residual.9'"
             )
-        places = resolve(model, sites)
+        places = _distinct(resolve(model, sites), _aliases(model))
         for site in places:
-            if self.space is not None and site.name != self.space.site:
+            self._check_place(model, site)
+        return places
+
+    def _check_place(self, model: nn.Module, site: Site) -> None:
+        if self.space is not None and site.name != self.space.site:
+            own = resolve(model, self.space.site)
+            if len(_distinct([*own, site], _aliases(model))) > len(own):
                 raise SpaceError(
                     f"this eraser was fitted at {self.space.site!r}, not at {site.name!r}; "
                     "fit one per site, or use with_space(None) if you are sure"
                 )
-            width = width_at(model, site)
-            if width is not None and width != self.map.width:
-                raise ShapeError(
-                    f"site {site.name!r} has width {width}; the eraser has width {self.map.width}"
-                )
-        return places
+        width = width_at(model, site)
+        if width is not None and width != self.map.width:
+            raise ShapeError(
+                f"site {site.name!r} has width {width}; the eraser has width {self.map.width}"
+            )
+
+    @classmethod
+    def _optional_tensors(cls) -> set[str]:
+        return {"bias"}
+
+    def _check(self) -> None:
+        if self.proj_left.ndim != 2 or self.proj_left.shape != self.proj_right.T.shape:
+            raise ShapeError(
+                f"proj_left {tuple(self.proj_left.shape)} and proj_right {tuple(self.proj_right.shape)} "
+                "must be (d, k) and (k, d)"
+            )
+        _ = self.map
+
+    def _check_space(self) -> None:
+        super()._check_space()
+        kinds = {name: value.dtype for name, value in self.tensors().items()}
+        if len(set(kinds.values())) > 1 or not self.proj_left.is_floating_point():
+            raise TypeError(f"the factors must have one floating dtype; got {kinds}")
+        if self.space is not None and self.space.width != self.map.width:
+            raise SpaceError(
+                f"space.width is {self.space.width}; the factors have width {self.map.width}"
+            )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -322,141 +446,42 @@ def _apply_map(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x)
 
 
-def fold_patches(
-    model: nn.Module, site: Site, function: LowRankAffine, *, add_bias: bool
-) -> list[Patch]:
-    """Return the patches that fold a map into the weights beside a site.
-
-    Raises:
-        EditError: If no linear module is the only writer, or the only readers, of the activation.
-    """
-    if site.writer is None and not site.readers:
-        raise EditError(
-            f"folding at {site.name!r} would not be exact (its activation is also used elsewhere); use attach()"
-        )
-    patches: list[Patch] = []
-    modules = (site.writer,) if site.writer is not None else site.readers
-    for path in modules:
-        patches.extend(_fold_one(model, path, function, site.writer is not None, add_bias))
-    return patches
-
-
-def _fold_one(
-    model: nn.Module, path: str, function: LowRankAffine, writing: bool, add_bias: bool
-) -> list[Patch]:
-    module = model.get_submodule(path)
-    transposed = type(module).__name__ == "Conv1D"  # GPT-2 stores (in, out)
-    weight = check_writable(model, f"{path}.weight").detach().double()
-    weight = weight.T if transposed else weight
-    old = getattr(module, "bias", None)
-    bias = None if old is None else check_writable(model, f"{path}.bias").detach().double()
-    wide = function.to(weight.device, torch.float64)
-    folded, shift = (wide.fold_writing if writing else wide.fold_reading)(weight, bias)
-    patches: list[Patch] = [DensePatch(f"{path}.weight", folded.T if transposed else folded)]
-    if shift is not None and old is not None:
-        patches.append(DensePatch(f"{path}.bias", shift))
-    elif shift is not None:
-        if not add_bias or not isinstance(module, nn.Linear):
-            raise EditError(
-                f"{path!r} has no bias to hold the offset; use bias='add', affine=False or attach()"
-            )
-        patches.append(BiasPatch(path, shift))
-    return patches
-
-
-def _manifest(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return dtype and shape by name, as written beside the tensors."""
-    return {
-        name: f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        for name, value in sorted(tensors.items())
-    }
-
-
-def _library_version() -> str:
+def _aliases(model: nn.Module) -> dict[str, frozenset[str]]:
+    """Return the places that are one activation, by each of them: a part's output is its last module's."""
     try:
-        return version("deconcept")
-    except PackageNotFoundError:
-        return "0+unknown"
+        sites = find_sites(model)
+    except SiteNotFoundError:
+        return {}
+    groups = ({_place(s), f"{s.writer}:output"} for s in sites.values() if s.writer)
+    return {place: frozenset(group) for group in groups for place in group}
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _place(site: Site) -> str:
+    return f"{site.module}:{site.when}"
 
 
-def _local_folder(path_or_repo: str | Path, revision: str | None) -> Path:
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        return folder
-    name = str(path_or_repo)
-    if isinstance(path_or_repo, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"no folder {name!r}; give a folder or a hub id like 'user/name'")
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 slow to import
-
-    wanted = [WEIGHTS_FILE, CONFIG_FILE]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"no folder {name!r}, and the hub gave no such repository ({type(error).__name__})"
-        ) from error
+def _distinct(sites: Iterable[Site], aliases: Mapping[str, frozenset[str]]) -> list[Site]:
+    """Return one site for each place: of several names, the first that can be folded, else the first."""
+    places: dict[frozenset[str], Site] = {}
+    for site in sites:
+        group = aliases.get(_place(site), frozenset({_place(site)}))
+        kept = places.setdefault(group, site)
+        if kept.writer is None and not kept.readers:
+            places[group] = site
+    return list(places.values())
 
 
-def _read_config(path: Path) -> dict[str, object]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise FormatError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise FormatError(f"{path} must hold a JSON object; got {type(record).__name__}")
-    found = record.get("format_version")
-    if type(found) is not int or found < 1:
-        raise FormatError(f"{path}: format_version must be a whole number from 1; got {found!r}")
-    if found > FORMAT_VERSION:
-        raise FormatError(
-            f"{path} has format_version {found}; this library reads up to {FORMAT_VERSION}. {UPGRADE}"
-        )
-    if set(record) != CONFIG_KEYS:
-        unknown, missing = sorted(set(record) - CONFIG_KEYS), sorted(CONFIG_KEYS - set(record))
-        raise FormatError(
-            f"{path}: unknown keys {unknown}, missing keys {missing}; perhaps {UPGRADE}"
-        )
-    for key, kinds in (
-        ("method", str),
-        ("config", dict),
-        ("space", (dict, type(None))),
-        ("report", dict),
-        ("tensors", dict),
-    ):
-        if not isinstance(record[key], kinds):
-            raise FormatError(f"{path}: {key!r} has type {type(record[key]).__name__}")
-    return record
-
-
-def _dataclass_from(kind: type[EraserConfig], values: object, path: Path) -> EraserConfig:
-    known = {f.name for f in fields(kind)}
-    given = cast("dict[str, object]", values)
-    if unknown := sorted(set(given) - known):
-        raise FormatError(f"{path}: unknown options {unknown}; perhaps {UPGRADE}")
-    try:
-        return kind(**given)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: {error}") from None
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except Exception as error:  # noqa: BLE001 safetensors raises its own untyped errors
-        raise FormatError(f"{path} is not a readable safetensors file: {error}") from None
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise FormatError(f"{path}: tensor {name!r} holds values that are not finite")
-    return tensors
+def _check_same_space(own: Space, other: Space) -> None:
+    """Raise SpaceError unless vectors of one space may be given to an eraser of the other."""
+    if not same_lineage(own.fingerprint, other.fingerprint):
+        marks = own.fingerprint[:12], other.fingerprint[:12]
+        what = f"in {own.model} (weights {marks[0]}), not in {other.model} (weights {marks[1]})"
+    elif own.site != other.site:
+        what = f"at {own.site!r}, not at {other.site!r}"
+    elif own.width != other.width:
+        what = f"on width {own.width}, not {other.width}"
+    else:
+        return
+    raise SpaceError(
+        f"this eraser was fitted {what}; fit it again there, or use with_space(None) if you are sure"
+    )

@@ -13,9 +13,10 @@
 
 A site lists `readers`, linear modules that are the only consumers of the activation, and `writer`,
 the linear module whose output is the activation; a map at the site can be folded into either,
-exactly (in eval mode: some models put dropout after the writer). Both stay empty wherever the
-structure is not known for sure: shared weights, experts, adapters, unfamiliar children. In
-post-norm models (BERT) the norms also feed the residual stream and have no readers; there
+exactly. Both stay empty wherever the structure is not known for sure (shared weights, experts,
+adapters, unfamiliar children), and so does `writer` while the module is in training mode with
+dropout in it: what dropout follows the writer, the site sees and the fold does not. In post-norm
+models (BERT) the norms also feed the residual stream and have no readers; there
 `norm1.{i}` is the output of the previous block's last norm. `find_sites` never runs the model.
 """
 
@@ -25,7 +26,7 @@ import difflib
 import fnmatch
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -109,7 +110,8 @@ class Site:
             `module`.
         when: whether the activation is the module's input or its output.
         readers: paths of the linear modules that alone consume the activation; fold `W <- W P`.
-        writer: path of the linear module whose output it is; fold `W <- P W`.
+        writer: path of the linear module whose output it is; fold `W <- P W`. `None` while dropout
+            is active there; call `model.eval()` before folding.
     """
 
     name: str
@@ -240,12 +242,19 @@ def _part(
         if any(id(p) in shared for p in own):
             known = False
     known = known and len(writers) == 1 and bool(readers)
+    drops = _drops(model.get_submodule(path))
     down = writers[0] if len(writers) == 1 else None
     if down and "residual" in inspect.signature(model.get_submodule(path).forward).parameters:
-        path = down  # Bloom adds the residual stream inside the module
+        path, drops = down, False  # Bloom adds the residual stream inside the module
     if not known:
         return _Part(path, (), None, down)
-    return _Part(path, tuple(readers), down, down)
+    return _Part(path, tuple(readers), None if drops else down, down)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Say whether dropout is active somewhere in a module."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+    return any(isinstance(m, kinds) and m.training and m.p > 0 for m in module.modules())
 
 
 def _loose_mlp(model: nn.Module, block: str, shared: frozenset[int]) -> _Part | None:
@@ -337,7 +346,7 @@ def _add_part(sites: dict[str, Site], kind: str, i: int, part: _Part | None) -> 
     if part is None:
         return
     if kind == "mlp" and part.down is not None:
-        readers = (part.down,) if part.writer is not None else ()
+        readers = (part.down,) if part.writer is not None or part.readers else ()
         _add(sites, Site(f"value.{i}", part.down, "value", "input", readers))
     _add(sites, Site(f"{kind}.{i}", part.module, kind, writer=part.writer))
 
@@ -442,11 +451,11 @@ def resolve(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
         Each site once, in the order of the patterns, and of the forward pass within a pattern.
 
     Raises:
-        SiteNotFoundError: a pattern matches nothing, or none was given.
+        SiteNotFoundError: a pattern matches nothing, none was given, or a name stands for a module
+            that is never run (a `ModuleList`) or gives no hidden states (rotary embeddings).
+        TypeError: a pattern is not a string.
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not wanted:
-        raise SiteNotFoundError("no site was asked for; give a name such as 'residual.0'")
+    wanted = _wanted(patterns)
     try:
         sites = find_sites(model)
     except SiteNotFoundError:
@@ -457,9 +466,7 @@ def resolve(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
         exact = [sites[pattern]] if pattern in sites else []
         hits = exact or [s for n, s in sites.items() if fnmatch.fnmatchcase(n, pattern)]
         if not hits:
-            paths = [p for p in modules if p == pattern]
-            paths = paths or [p for p in modules if fnmatch.fnmatchcase(p, pattern)]
-            hits = [Site(p, p, "module") for p in paths]
+            hits = _by_path(model, pattern, modules, sites)
         if not hits:
             near = difflib.get_close_matches(pattern, [*sites, *modules], n=5, cutoff=0.0)
             raise SiteNotFoundError(
@@ -467,6 +474,55 @@ def resolve(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
             )
         found |= {site.name: site for site in hits}
     return list(found.values())
+
+
+def _wanted(patterns: str | Sequence[str]) -> list[str]:
+    if isinstance(patterns, str):
+        return [patterns]
+    known = isinstance(patterns, Iterable) and not isinstance(patterns, bytes | Tensor)
+    wanted: list[Any] = list(patterns) if known else [patterns]
+    strange = [pattern for pattern in wanted if not isinstance(pattern, str)]
+    if strange or not known:
+        raise TypeError(
+            "sites must be a name, pattern or module path, or a list of them, such as 'residual.0'; "
+            f"got {strange[0] if strange else patterns!r}"
+        )
+    if not wanted:
+        raise SiteNotFoundError("no site was asked for; give a name such as 'residual.0'")
+    return wanted
+
+
+def _by_path(
+    model: nn.Module, pattern: str, modules: Sequence[str], sites: Mapping[str, Site]
+) -> list[Site]:
+    """Return the outputs of the modules a path or pattern names, leaving out those without one."""
+    paths = [p for p in modules if p == pattern]
+    paths = paths or [p for p in modules if fnmatch.fnmatchcase(p, pattern)]
+    useless = {path: _useless(model.get_submodule(path)) for path in paths}
+    hits = [Site(p, p, "module") for p, reason in useless.items() if reason is None]
+    if useless and not hits:
+        path, reason = next(iter(useless.items()))
+        raise SiteNotFoundError(_advice(model, path, f"{reason}", sites))
+    return hits
+
+
+def _useless(module: nn.Module) -> str | None:
+    """Say why a module has no activation to work on; `None` when it may have one."""
+    if getattr(module.forward, "__func__", None) is nn.Module.forward:
+        return f"{type(module).__name__} only holds other modules and is never run"
+    if "rotary" in type(module).__name__.lower():
+        return f"{type(module).__name__} gives angles of positions, not hidden states"
+    return None
+
+
+def _advice(model: nn.Module, path: str, reason: str, sites: Mapping[str, Site]) -> str:
+    """Return the message about a module without an activation, naming up to five places nearby."""
+    modules = [p for p, module in model.named_modules() if p and _useless(module) is None]
+    inside = [s for s in sites.values() if s.module.startswith(f"{path}.")]
+    near = [s.name for s in sorted(inside, key=lambda s: s.module.count("."))][:5]
+    near = near or [p for p in modules if p.startswith(f"{path}.")][:5]
+    near = near or difflib.get_close_matches(path, [*sites, *modules], n=5, cutoff=0.0)
+    return f"nothing can be done at {path!r}: {reason}; nearest: {', '.join(near)}"
 
 
 def hook(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -482,9 +538,17 @@ def hook(model: nn.Module, site: Site, fn: Callable[[Tensor], Tensor | None]) ->
         The handle; `remove()` ends it.
 
     Raises:
-        SiteNotFoundError: the module does not exist, or its activation is not a tensor.
+        SiteNotFoundError: the module does not exist, is never run, or (in the forward pass) its
+            activation is not a floating-point tensor.
     """
     module = _module(model, site)
+    reason = _useless(module)
+    if reason is not None:
+        try:
+            sites = find_sites(model)
+        except SiteNotFoundError:
+            sites = {}
+        raise SiteNotFoundError(_advice(model, site.module, reason, sites))
     if site.when == "input":
 
         def before(
@@ -548,6 +612,11 @@ def _tensor(value: object, site: Site) -> Tensor:
             f"the {site.when} of {site.module!r} (site {site.name!r}) is not a tensor but "
             f"{type(value).__name__}; choose a module inside it"
         )
+    if not value.is_floating_point():
+        raise SiteNotFoundError(
+            f"the {site.when} of {site.module!r} (site {site.name!r}) holds {value.dtype} values, "
+            "not hidden states; choose a site such as 'residual.0'"
+        )
     return value
 
 
@@ -561,18 +630,36 @@ def fingerprint(model: nn.Module) -> str:
     """Return a cheap sha256 of a model: names, shapes and 16 values of every parameter.
 
     Values are compared in bfloat16, so that one checkpoint loaded in float32 and in bfloat16 is the
-    same model; an edit below that precision, or between the values read, is not seen.
+    same model; an edit below that precision, or between the values read, is not seen. Parameters
+    are taken in the order of their names, wherever they lie, so that the devices do not matter;
+    those off-loaded to the meta device have no values to read. The head is left out: hidden states
+    do not depend on it, and one checkpoint is one model with or without it.
     """
+    base = getattr(model, "base_model", None)
+    inner = base if isinstance(base, nn.Module) else model
     digest = hashlib.sha256()
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    pieces: list[Tensor] = []
+    for name, parameter in sorted(inner.named_parameters(), key=lambda item: item[0]):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.device.type == "meta" or parameter.numel() == 0:
             continue
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // 16)
-        by_device.setdefault(parameter.device, []).append(flat[::step][:16].to(torch.bfloat16))
-    for pieces in by_device.values():
-        values = torch.cat(pieces).float().cpu()
+        pieces.append(flat[::step][:16].to(torch.bfloat16))
+    for values in _fetch(pieces):
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _fetch(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Return vectors on the CPU in float32, in their order; one transfer a device."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        by_device.setdefault(piece.device, []).append(i)
+    fetched = list(pieces)
+    for places in by_device.values():
+        joined = torch.cat([pieces[i] for i in places]).float().cpu()
+        parts = joined.split([len(pieces[i]) for i in places])
+        for i, part in zip(places, parts, strict=True):
+            fetched[i] = part
+    return fetched

@@ -8,6 +8,7 @@ from concept_erasure.probes._data import Label, Vectors
 from concept_erasure.probes._fitted import FittedProbe, Probe
 from concept_erasure.probes.evaluate import (
     PROBES,
+    ControlResult,
     ProbeResult,
     control,
     cross_validate,
@@ -20,6 +21,7 @@ from concept_erasure.probes.svm import FittedSvm, SvmProbe
 
 __all__ = [
     "PROBES",
+    "ControlResult",
     "FittedLinear",
     "FittedMlp",
     "FittedProbe",

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from concept_erasure.errors import ShapeError
 
-__all__ = ["Label", "SupportsArray", "Vectors", "index_labels", "read_labels", "read_vectors"]
+__all__ = [
+    "Label",
+    "SupportsArray",
+    "Vectors",
+    "index_labels",
+    "read_groups",
+    "read_labels",
+    "read_vectors",
+]
 
 Label: TypeAlias = str | int | bool
 
@@ -182,3 +190,19 @@ def index_labels(
             f"the known classes are {list(classes)[:20]}"
         )
     return torch.tensor([position[i] for i in labels], device=device), tuple(classes)
+
+
+def read_groups(groups: object, *, n: int) -> Tensor:
+    """Return the number of the group of each vector, shape ``[n]`` int64, from 0 without gaps.
+
+    Args:
+        groups: One group per vector, such as the text it comes from: strings or integers.
+        n: Number of vectors.
+
+    Raises:
+        TypeError: If a group is no string or integer, or the kinds are mixed.
+        ShapeError: If there is not one group per vector.
+    """
+    names = read_labels(groups, n=n, name="groups")
+    position = {name: i for i, name in enumerate(sorted(set(names)))}
+    return torch.tensor([position[name] for name in names], dtype=torch.int64)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,11 +17,17 @@ __all__ = [
     "Coordinates",
     "Objective",
     "Solution",
+    "Standardize",
+    "Units",
     "check_penalty",
+    "check_standardize",
     "coordinates",
     "minimise",
+    "units",
     "warn_unless_converged",
 ]
+
+Standardize = Literal["global", "feature"] | None
 
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -76,6 +83,63 @@ def coordinates(x: Tensor, *, ridge: float, curvature: float) -> Coordinates:
     hessian = curvature * values.clamp(min=0) + ridge
     basis = vectors / hessian.sqrt()
     return Coordinates(u=centred @ basis, mean=mean, basis=basis, penalty=ridge / hessian)
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The units in which a penalty acts.
+
+    Attributes:
+        mean: Mean of the data, shape ``[d]``.
+        scale: Size of each feature, shape ``[d]``, positive.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``(x - mean) / scale``."""
+        return (x - self.mean) / self.scale
+
+    def original(self, coef: Tensor, intercept: Tensor) -> tuple[Tensor, Tensor]:
+        """Return coefficients ``[k, d]`` and intercepts ``[k]`` for the data as it was given."""
+        return coef / self.scale, intercept - coef @ (self.mean / self.scale)
+
+
+def units(x: Tensor, standardize: Standardize) -> Units:
+    """Return the units of data ``[n, d]``.
+
+    Args:
+        x: Data, shape ``[n, d]``.
+        standardize: ``"global"``: one number, the root of the mean variance of the features. ``"feature"``:
+            the standard deviation of each feature. None: one.
+
+    Returns:
+        Mean and scale. What does not vary beyond the rounding of the data has the size of the data, or one.
+    """
+    mean = x.mean(dim=0)
+    largest = x.abs().max()
+    one = torch.ones_like(largest)
+    if standardize is None:
+        return Units(mean, one.expand(x.shape[1]))
+    size = torch.where(largest > 0, largest, one)
+    deviation = (x / size - mean / size).square().mean(dim=0).sqrt()  # no square leaves the range
+    rounding = 8 * torch.finfo(x.dtype).eps
+    total = deviation.square().mean().sqrt()
+    total = torch.where(total > rounding, total, one)
+    if standardize == "global":
+        return Units(mean, (size * total).expand(x.shape[1]))
+    return Units(mean, size * torch.where(deviation > rounding, deviation, total))
+
+
+def check_standardize(standardize: object) -> None:
+    """Refuse an unknown option.
+
+    Raises:
+        ValueError: If it is none of the three.
+    """
+    if standardize not in ("global", "feature", None):
+        raise ValueError(f"standardize must be 'global', 'feature' or None, got {standardize!r}")
 
 
 def check_penalty(penalty: float, tol: float, max_iter: int) -> None:

@@ -11,13 +11,28 @@ import torch
 from torch import Tensor
 
 from concept_erasure.errors import ShapeError
-from concept_erasure.probes._data import Label, Vectors, index_labels, read_labels, read_vectors
+from concept_erasure.probes._data import (
+    Label,
+    Vectors,
+    index_labels,
+    read_groups,
+    read_labels,
+    read_vectors,
+)
 from concept_erasure.probes._fitted import FittedProbe, Probe, training_data
 from concept_erasure.probes.linear import LinearProbe
 from concept_erasure.probes.mlp import MlpProbe
 from concept_erasure.probes.svm import SvmProbe
 
-__all__ = ["PROBES", "ProbeResult", "control", "cross_validate", "evaluate", "wilson_interval"]
+__all__ = [
+    "PROBES",
+    "ControlResult",
+    "ProbeResult",
+    "control",
+    "cross_validate",
+    "evaluate",
+    "wilson_interval",
+]
 
 PROBES: Mapping[str, Callable[[int], Probe]] = MappingProxyType(
     {
@@ -47,8 +62,13 @@ class ProbeResult:
         low: Lower end of the 95 % Wilson interval of ``accuracy``.
         high: Upper end.
         n: Vectors tested.
-        folds: Parts of the cross-validation; 1 for a separate test set. The interval takes the
+        folds: Parts of the cross-validation; 1 for a separate test set. The intervals take the
             predictions of different folds for independent, which they nearly are.
+        log_loss_low: Lower end of the 95 % normal interval of ``log_loss``, from the spread of the loss
+            over vectors; None without probabilities.
+        log_loss_high: Upper end.
+        groups: Groups tested; None when vectors were taken for independent. With groups both intervals
+            use the spread over groups, so many tokens of few texts do not feign certainty.
     """
 
     accuracy: float
@@ -61,6 +81,9 @@ class ProbeResult:
     high: float
     n: int
     folds: int = 1
+    log_loss_low: float | None = None
+    log_loss_high: float | None = None
+    groups: int | None = None
 
     @property
     def beats_majority(self) -> bool:
@@ -74,10 +97,92 @@ class ProbeResult:
     def __str__(self) -> str:
         """Return one line for people."""
         loss = "" if self.log_loss is None else f", log-loss {self.log_loss:.4f}"
+        if self.log_loss_low is not None:
+            loss += f" [{self.log_loss_low:.4f}, {self.log_loss_high:.4f}]"
+        count = f"n = {self.n}" + ("" if self.groups is None else f" in {self.groups} groups")
         return (
             f"accuracy {self.accuracy:.1%} [{self.low:.1%}, {self.high:.1%}] against "
-            f"{self.majority:.1%} for the majority class{loss} (n = {self.n})"
+            f"{self.majority:.1%} for the majority class{loss} ({count})"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ControlResult:
+    """What a probe finds in permuted labels, one result a permutation.
+
+    Attributes:
+        runs: The results.
+    """
+
+    runs: tuple[ProbeResult, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean accuracy over the permutations."""
+        return sum(run.accuracy for run in self.runs) / len(self.runs)
+
+    @property
+    def accuracy_range(self) -> tuple[float, float]:
+        """Lowest and highest accuracy over the permutations."""
+        values = [run.accuracy for run in self.runs]
+        return min(values), max(values)
+
+    @property
+    def log_loss(self) -> float | None:
+        """Mean log-loss over the permutations in nats; None for a probe without probabilities."""
+        values = self._log_losses()
+        return sum(values) / len(values) if values else None
+
+    @property
+    def log_loss_range(self) -> tuple[float, float] | None:
+        """Lowest and highest log-loss over the permutations."""
+        values = self._log_losses()
+        return (min(values), max(values)) if values else None
+
+    @property
+    def constant_log_loss(self) -> float:
+        """Mean over the permutations, see `ProbeResult`."""
+        return sum(run.constant_log_loss for run in self.runs) / len(self.runs)
+
+    @property
+    def majority(self) -> float:
+        """Mean share of the most frequent class over the permutations."""
+        return sum(run.majority for run in self.runs) / len(self.runs)
+
+    @property
+    def beats_majority(self) -> bool:
+        """Whether any permutation does; then the probe or the folds are not to be trusted."""
+        return any(run.beats_majority for run in self.runs)
+
+    def p_value(self, result: ProbeResult) -> float:
+        """Return the permutation test's chance of an accuracy as high as ``result`` when nothing is there.
+
+        At least ``1 / (permutations + 1)``.
+        """
+        as_high = sum(run.accuracy >= result.accuracy for run in self.runs)
+        return (as_high + 1) / (len(self.runs) + 1)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return means, ranges and runs as JSON-ready values."""
+        loss = self.log_loss_range
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_range": list(self.accuracy_range),
+            "log_loss": self.log_loss,
+            "log_loss_range": None if loss is None else list(loss),
+            "runs": [run.to_dict() for run in self.runs],
+        }
+
+    def __str__(self) -> str:
+        """Return one line for people."""
+        low, high = self.accuracy_range
+        return (
+            f"accuracy {self.accuracy:.1%} ({low:.1%} to {high:.1%} over {len(self.runs)} permutations) "
+            f"against {self.majority:.1%} for the majority class"
+        )
+
+    def _log_losses(self) -> list[float]:
+        return [run.log_loss for run in self.runs if run.log_loss is not None]
 
 
 def wilson_interval(correct: int, n: int, *, normal: float = _NORMAL_975) -> tuple[float, float]:
@@ -101,12 +206,15 @@ def wilson_interval(correct: int, n: int, *, normal: float = _NORMAL_975) -> tup
     """
     if n < 1 or not 0 <= correct <= n:
         raise ValueError(f"need 0 <= correct <= n and n >= 1, got correct={correct}, n={n}")
-    rate = correct / n
+    return _wilson(correct / n, n, normal)
+
+
+def _wilson(rate: float, n: float, normal: float = _NORMAL_975) -> tuple[float, float]:
     square = normal**2 / n
     centre = (rate + square / 2) / (1 + square)
     half = normal / (1 + square) * math.sqrt(rate * (1 - rate) / n + square / (4 * n))
-    low = 0.0 if correct == 0 else max(0.0, centre - half)
-    return low, 1.0 if correct == n else min(1.0, centre + half)
+    low = 0.0 if rate == 0 else max(0.0, centre - half)
+    return low, 1.0 if rate == 1 else min(1.0, centre + half)
 
 
 def evaluate(
@@ -117,6 +225,7 @@ def evaluate(
     *,
     probe: str | Probe = "linear",
     seed: int = 0,
+    groups: tuple[object, object] | None = None,
 ) -> ProbeResult:
     """Fit a probe on one set and test it on another.
 
@@ -127,6 +236,8 @@ def evaluate(
         z_test: Their labels, length ``m``; each must occur in ``z_train``.
         probe: ``"linear"``, ``"svm"``, ``"mlp"``, or a configured probe.
         seed: For probes given by name; a configured probe has its own.
+        groups: Group (such as the text) of each vector of the two sets, lengths ``n`` and ``m``; a group in
+            both is refused, and the intervals are those of independent groups.
 
     Returns:
         The result on the test set.
@@ -134,7 +245,8 @@ def evaluate(
     Raises:
         ShapeError: If the shapes are wrong or disagree.
         TypeError: If vectors or labels are of the wrong kind.
-        ValueError: If the data are not finite, a class is unknown or there is only one to learn.
+        ValueError: If the data are not finite, a class is unknown, there is only one to learn, or a
+            group is in both sets.
     """
     matrix, index, classes = training_data(x_train, z_train)
     test = read_vectors(x_test, name="x_test")
@@ -145,8 +257,9 @@ def evaluate(
         )
     labels = read_labels(z_test, n=len(test), name="z_test")
     test_index, _ = index_labels(labels, classes, device=test.device)
-    fitted = _make(probe, seed).fit(matrix, _labels(index, classes))
-    return _pool([_score(fitted, test, test_index, index)])
+    train_groups, test_groups = _two_groups(groups, len(matrix), len(test))
+    fitted = _fit(_make(probe, seed), matrix, _labels(index, classes), train_groups)
+    return _pool([_score(fitted, test, test_index, index)], test_groups)
 
 
 def cross_validate(
@@ -156,6 +269,7 @@ def cross_validate(
     probe: str | Probe = "linear",
     folds: int = 5,
     seed: int = 0,
+    groups: object = None,
 ) -> ProbeResult:
     """Test a probe by stratified cross-validation: every vector is predicted once.
 
@@ -165,6 +279,8 @@ def cross_validate(
         probe: ``"linear"``, ``"svm"``, ``"mlp"``, or a configured probe.
         folds: Parts, 2 to ``n``. Higher trains on more data and takes longer.
         seed: Determines the parts, and a probe given by name.
+        groups: Group (such as the text) of each vector, length ``n``; the vectors of one group stay in one
+            part, and the intervals are those of independent groups.
 
     Returns:
         The result over all ``n`` predictions.
@@ -173,7 +289,7 @@ def cross_validate(
         ShapeError: If the shapes are wrong or disagree.
         TypeError: If vectors or labels are of the wrong kind.
         ValueError: If the data are not finite, a class has fewer than two examples, there is only
-            one class, or ``folds`` is out of range.
+            one class, a class is in one group only, or ``folds`` is out of range.
 
     Example:
         >>> import torch
@@ -182,14 +298,17 @@ def cross_validate(
         40
     """
     matrix, index, classes = training_data(x, z)
-    part = _folds(index, classes, folds, seed)
+    group = None if groups is None else read_groups(groups, n=len(matrix)).to(index.device)
+    part = _folds(index, classes, folds, seed, group)
     model = _make(probe, seed)
-    scores = []
+    scores, order = [], []
     for fold in range(folds):
         test = part == fold
-        fitted = model.fit(matrix[~test], _labels(index[~test], classes))
+        rest = None if group is None else group[~test]
+        fitted = _fit(model, matrix[~test], _labels(index[~test], classes), rest)
         scores.append(_score(fitted, matrix[test], index[test], index[~test]))
-    return _pool(scores)
+        order.append(test.nonzero().flatten())
+    return _pool(scores, None if group is None else group[torch.cat(order)])
 
 
 def control(
@@ -199,7 +318,9 @@ def control(
     probe: str | Probe = "linear",
     folds: int = 5,
     seed: int = 0,
-) -> ProbeResult:
+    n_permutations: int = 1,
+    groups: object = None,
+) -> ControlResult:
     """Cross-validate on shuffled labels: what the same probe finds where there is nothing.
 
     Args:
@@ -207,21 +328,65 @@ def control(
         z: Class labels, length ``n``; they are permuted.
         probe: ``"linear"``, ``"svm"``, ``"mlp"``, or a configured probe.
         folds: Parts of the cross-validation.
-        seed: Determines the permutation and the parts.
+        seed: Determines the permutations and the parts.
+        n_permutations: How many shuffles. Higher shows the spread and takes longer in proportion.
+        groups: As in `cross_validate`. Labels that are one a group are permuted between groups.
 
     Returns:
-        The result for the permuted labels; expect the majority rate.
+        The results for the permuted labels; expect the majority rate.
 
     Raises:
         ShapeError: If the shapes are wrong or disagree.
         TypeError: If vectors or labels are of the wrong kind.
-        ValueError: As `cross_validate`.
+        ValueError: As `cross_validate`, or if ``n_permutations`` is below 1.
     """
+    if n_permutations < 1:
+        raise ValueError(f"n_permutations must be at least 1, got {n_permutations}")
     matrix, index, classes = training_data(x, z)
+    group = None if groups is None else read_groups(groups, n=len(matrix)).to(index.device)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(index), generator=generator).to(index.device)
-    shuffled = _labels(index[order], classes)
-    return cross_validate(matrix, shuffled, probe=probe, folds=folds, seed=seed)
+    runs = []
+    for i in range(n_permutations):
+        shuffled = _labels(_permuted(index, group, generator), classes)
+        runs.append(
+            cross_validate(matrix, shuffled, probe=probe, folds=folds, seed=seed + i, groups=groups)
+        )
+    return ControlResult(tuple(runs))
+
+
+def _permuted(index: Tensor, group: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Permute labels between vectors, or between groups when each has one label."""
+    if group is None:
+        return index[torch.randperm(len(index), generator=generator).to(index.device)]
+    labels = index.new_zeros(int(group.max()) + 1)
+    labels[group] = index
+    if not bool((labels[group] == index).all()):
+        return _permuted(index, None, generator)
+    return labels[torch.randperm(len(labels), generator=generator).to(index.device)][group]
+
+
+def _two_groups(
+    groups: tuple[object, object] | None, n: int, m: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Number the groups of two sets, and refuse one that is in both."""
+    if groups is None:
+        return None, None
+    names = [read_labels(g, n=size, name="groups") for g, size in zip(groups, (n, m), strict=True)]
+    both = sorted(map(str, set(names[0]) & set(names[1])))
+    if both:
+        raise ValueError(
+            f"{len(both)} groups are in the training and in the test set, such as {both[0]!r}; "
+            "split by group"
+        )
+    train, test = (read_groups(g, n=len(g)) for g in names)
+    return train, test
+
+
+def _fit(model: Probe, x: Tensor, z: list[Label], groups: Tensor | None) -> FittedProbe:
+    """Fit; a probe that splits its data is told the groups."""
+    if isinstance(model, MlpProbe) and groups is not None:
+        return model.fit(x, z, groups=groups)
+    return model.fit(x, z)
 
 
 def _make(probe: str | Probe, seed: int) -> Probe:
@@ -241,7 +406,13 @@ def _labels(index: Tensor, classes: tuple[Label, ...]) -> list[Label]:
     return [classes[i] for i in index.tolist()]
 
 
-def _folds(index: Tensor, classes: tuple[Label, ...], folds: int, seed: int) -> Tensor:
+def _folds(
+    index: Tensor,
+    classes: tuple[Label, ...],
+    folds: int,
+    seed: int,
+    group: Tensor | None = None,
+) -> Tensor:
     """Return the part each row belongs to, ``[n]``; classes and sizes are spread evenly."""
     if not 2 <= folds <= len(index):
         raise ValueError(f"folds must lie between 2 and n = {len(index)}, got {folds}")
@@ -253,6 +424,8 @@ def _folds(index: Tensor, classes: tuple[Label, ...], folds: int, seed: int) -> 
             f"{rare!r}; add examples or drop the class"
         )
     generator = torch.Generator().manual_seed(seed)
+    if group is not None:
+        return _group_folds(index, classes, folds, group, generator)
     shuffled = torch.randperm(len(index), generator=generator).to(index.device)
     order = shuffled[index[shuffled].argsort(stable=True)]
     part = torch.empty_like(index)
@@ -260,13 +433,48 @@ def _folds(index: Tensor, classes: tuple[Label, ...], folds: int, seed: int) -> 
     return part
 
 
+def _group_folds(
+    index: Tensor,
+    classes: tuple[Label, ...],
+    folds: int,
+    group: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Deal whole groups out, the largest first, each to the part that holds least of its classes."""
+    counts = torch.zeros(int(group.max()) + 1, len(classes), dtype=torch.float64)
+    ones = torch.ones(len(index), dtype=torch.float64)
+    counts.index_put_((group.cpu(), index.cpu()), ones, accumulate=True)
+    if len(counts) < folds:
+        raise ValueError(f"{folds} folds need as many groups, got {len(counts)}; lower folds")
+    total = counts.sum(dim=0)
+    order = torch.randperm(len(counts), generator=generator)
+    order = order[counts[order].sum(dim=1).argsort(descending=True, stable=True)]
+    held = torch.zeros(folds, len(classes), dtype=torch.float64)
+    part = torch.zeros(len(counts), dtype=torch.int64)
+    for g in order.tolist():
+        crowding = (held / total) @ (counts[g] / total) + 1e-6 * held.sum(dim=1) / len(index)
+        whole = ((held + counts[g]) >= total).any(dim=1)  # the others could not learn this class
+        part[g] = int((crowding + 1e3 * whole).argmin())
+        held[part[g]] += counts[g]
+    for i, name in enumerate(classes):
+        if bool((held[:, i] >= total[i]).any()):
+            raise ValueError(
+                f"class {name!r} is in {int((counts[:, i] > 0).sum())} groups and fills one part, so that "
+                "nothing is left to learn it from; add groups, or drop the class"
+            )
+    if bool((held.sum(dim=1) == 0).any()):
+        raise ValueError(f"{folds} folds leave one without vectors; lower folds")
+    return part.to(group.device)[group]
+
+
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """What one test set contributes: per-class counts and sums of losses."""
+    """What one test set contributes: counts per class, and hits and losses per vector."""
 
     found: Tensor
     total: Tensor
-    loss: float | None
+    correct: Tensor
+    loss: Tensor | None
     constant_loss: float
     auc: float | None
 
@@ -277,8 +485,7 @@ def _score(fitted: FittedProbe, x: Tensor, index: Tensor, train_index: Tensor) -
     rates = torch.bincount(train_index, minlength=k).double() / len(train_index)
     loss = None
     if fitted.has_probabilities:
-        rows = fitted.predict_log_proba(x).gather(1, index[:, None])
-        loss = -float(rows.sum())
+        loss = -fitted.predict_log_proba(x).gather(1, index[:, None])[:, 0].cpu().double()
     auc = None
     if k == 2:
         scores = fitted.decision(x)
@@ -286,6 +493,7 @@ def _score(fitted: FittedProbe, x: Tensor, index: Tensor, train_index: Tensor) -
     return _Score(
         found=torch.bincount(index[correct], minlength=k).cpu(),
         total=torch.bincount(index, minlength=k).cpu(),
+        correct=correct.cpu().double(),
         loss=loss,
         constant_loss=-float(rates.log()[index].sum()),
         auc=auc,
@@ -305,18 +513,51 @@ def _auc(scores: Tensor, positive: Tensor) -> float | None:
     return wins / (n_positive * n_negative)
 
 
-def _pool(scores: list[_Score]) -> ProbeResult:
+def _variance_of_mean(values: Tensor, groups: Tensor | None) -> float:
+    """Return the variance of the mean of ``[n]`` values that are independent between groups."""
+    n = len(values)
+    deviation = values - values.mean()
+    if groups is not None:
+        size = int(groups.max()) + 1
+        deviation = deviation.new_zeros(size).index_add_(0, groups.cpu(), deviation)
+        deviation = deviation[torch.bincount(groups.cpu(), minlength=size) > 0]
+    count = len(deviation)
+    return float(deviation.square().sum()) / n**2 * count / (count - 1) if count > 1 else math.inf
+
+
+def _accuracy_interval(correct: Tensor, groups: Tensor | None) -> tuple[float, float]:
+    """Return the Wilson interval, with groups at the number of vectors that would spread as much."""
+    n, rate = len(correct), float(correct.mean())
+    if groups is None:
+        return wilson_interval(int(correct.sum()), n)
+    variance = _variance_of_mean(correct, groups)
+    count = float(len(torch.unique(groups)))
+    if 0 < rate < 1 and variance > 0:
+        count = max(1.0, min(float(n), rate * (1 - rate) / variance))
+    return _wilson(rate, count)
+
+
+def _pool(scores: list[_Score], groups: Tensor | None = None) -> ProbeResult:
+    """Join the test sets; ``groups`` are those of their vectors in order."""
     found = torch.stack([score.found for score in scores]).sum(dim=0)
     total = torch.stack([score.total for score in scores]).sum(dim=0)
-    n, correct = int(total.sum()), int(found.sum())
+    n, hits = int(total.sum()), int(found.sum())
     present = total > 0
-    losses = [score.loss for score in scores if score.loss is not None]
     areas = [score.auc for score in scores if score.auc is not None]
-    low, high = wilson_interval(correct, n)
+    low, high = _accuracy_interval(torch.cat([score.correct for score in scores]), groups)
+    losses = [score.loss for score in scores if score.loss is not None]
+    loss: float | None = None
+    loss_ends: tuple[float, float] | tuple[None, None] = (None, None)
+    if len(losses) == len(scores):
+        rows = torch.cat(losses)
+        loss = float(rows.mean())
+        half = _NORMAL_975 * math.sqrt(_variance_of_mean(rows, groups))
+        if math.isfinite(half):
+            loss_ends = (max(0.0, loss - half), loss + half)
     return ProbeResult(
-        accuracy=correct / n,
+        accuracy=hits / n,
         balanced_accuracy=float((found[present] / total[present]).mean()),
-        log_loss=sum(losses) / n if len(losses) == len(scores) else None,
+        log_loss=loss,
         auc=sum(areas) / len(areas) if areas else None,
         majority=int(total.max()) / n,
         constant_log_loss=sum(score.constant_loss for score in scores) / n,
@@ -324,4 +565,7 @@ def _pool(scores: list[_Score]) -> ProbeResult:
         high=high,
         n=n,
         folds=len(scores),
+        log_loss_low=loss_ends[0],
+        log_loss_high=loss_ends[1],
+        groups=None if groups is None else len(torch.unique(groups)),
     )

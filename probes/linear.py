@@ -1,9 +1,9 @@
 """Logistic regression, the probe LEACE and its relatives promise to defeat.
 
 Fitted on the device of the data, in float64 where it exists, to a gradient tolerance, so that what
-it cannot read is not there to be read linearly. The objective is scikit-learn's:
-``|w|^2 / 2 + C * sum(log-loss)`` with an unpenalised intercept; one weight vector for two classes,
-one per class (softmax) for more.
+it cannot read is not there to be read linearly. The objective is scikit-learn's,
+``|w|^2 / 2 + C * sum(log-loss)`` with an unpenalised intercept, in units of the data unless
+``standardize=None``; one weight vector for two classes, one per class (softmax) for more.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from concept_erasure.probes._fitted import FittedProbe, training_data
 from concept_erasure.probes._solve import (
     Coordinates,
     Objective,
+    Standardize,
     check_penalty,
+    check_standardize,
     coordinates,
     minimise,
+    units,
     warn_unless_converged,
 )
 
@@ -59,6 +62,9 @@ class LinearProbe:
 
     Attributes:
         C: Inverse strength of the L2 penalty, as in scikit-learn. Higher fits closer.
+        standardize: Units in which the penalty acts. ``"global"`` divides all features by the root of their mean
+            variance, so a probe of ``x`` and of ``1000 x`` is the same one and erasers are compared at one
+            scale; ``"feature"`` divides each by its own deviation; None takes ``x`` as it is, as scikit-learn.
         tol: Stop when no entry of the gradient of the mean loss exceeds this, in coordinates where
             the curvature is about one.
         max_iter: Most steps; an `ErasureWarning` tells when they were not enough.
@@ -74,10 +80,12 @@ class LinearProbe:
     C: float = 1.0
     tol: float = 1e-8
     max_iter: int = 2000
+    standardize: Standardize = "global"
 
     def __post_init__(self) -> None:
         """Check the values."""
         check_penalty(self.C, self.tol, self.max_iter)
+        check_standardize(self.standardize)
 
     @torch.no_grad()
     def fit(self, x: Vectors, z: object) -> FittedLinear:
@@ -99,7 +107,10 @@ class LinearProbe:
         n, width = matrix.shape
         rows = 1 if len(classes) == 2 else len(classes)
         target = one_hot(index, len(classes)).to(matrix)[:, -rows:]
-        frame = coordinates(matrix, ridge=1 / (self.C * n), curvature=0.25 if rows == 1 else 0.5)
+        unit = units(matrix, self.standardize)
+        frame = coordinates(
+            unit.apply(matrix), ridge=1 / (self.C * n), curvature=0.25 if rows == 1 else 0.5
+        )
         start = matrix.new_zeros(rows, frame.u.shape[1] + 1)
         rate = target.mean(dim=0)
         start[:, -1] = torch.logit(rate) if rows == 1 else rate.log()
@@ -112,7 +123,7 @@ class LinearProbe:
         bias = point[:, -1]
         if rows > 1:  # the softmax does not see a common shift; take the one with mean zero
             bias = bias - bias.mean()
-        coef, intercept = frame.original(point[:, :-1], bias)
+        coef, intercept = unit.original(*frame.original(point[:, :-1], bias))
         return FittedLinear(
             classes=classes,
             width=width,

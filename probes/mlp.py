@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
-from concept_erasure.probes._data import Vectors
+from concept_erasure.probes._data import Vectors, read_groups
 from concept_erasure.probes._fitted import FittedProbe, training_data
+from concept_erasure.probes._solve import units
 
 __all__ = ["FittedMlp", "MlpProbe"]
 
@@ -87,13 +88,15 @@ class MlpProbe:
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}")
 
-    def fit(self, x: Vectors, z: object) -> FittedMlp:
+    def fit(self, x: Vectors, z: object, *, groups: object = None) -> FittedMlp:
         """Fit the probe.
 
         Args:
             x: Vectors, shape ``[n, d]``, any real dtype.
             z: Class labels, length ``n``: strings, bools or integers; two or more of each class
                 are needed for the class to be represented in the held-out part.
+            groups: Group of each vector (such as its text), length ``n``: one group is never on both sides of
+                the split that decides when to stop.
 
         Returns:
             The fitted probe, on the device of ``x``.
@@ -107,12 +110,10 @@ class MlpProbe:
         with torch.inference_mode(False), torch.enable_grad():
             matrix, index, classes = training_data(x, z)
             generator = torch.Generator().manual_seed(self.seed)
-            train, held_out = _split(index, self.held_out, generator)
-            mean = matrix[train].mean(dim=0)
-            scale = matrix[train].std(dim=0, correction=0)
-            tiny = torch.finfo(matrix.dtype).eps * (mean.abs() + 1)
-            scale = torch.where(scale > tiny, scale, torch.ones_like(scale))
-            inputs = ((matrix - mean) / scale).float()
+            parts = None if groups is None else read_groups(groups, n=len(matrix))
+            train, held_out = _split(index, self.held_out, generator, parts)
+            unit = units(matrix[train], "feature")
+            inputs = unit.apply(matrix).float()
             weights = _first_weights(matrix.shape[1], self.hidden, len(classes), generator)
             weights = [weight.to(matrix.device).requires_grad_() for weight in weights]
             rotation = _rotation(matrix.shape[1], generator).to(inputs.device)
@@ -123,8 +124,8 @@ class MlpProbe:
         return FittedMlp(
             classes=classes,
             width=matrix.shape[1],
-            mean=mean,
-            scale=scale,
+            mean=unit.mean,
+            scale=unit.scale.clone(),
             weights=best,
             epochs=epochs,
         )
@@ -188,8 +189,12 @@ def _rotation(width: int, generator: torch.Generator) -> Tensor:
     return rotation
 
 
-def _split(index: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _split(
+    index: Tensor, share: float, generator: torch.Generator, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Split rows class by class; every class stays in training, and in both parts if it can."""
+    if groups is not None:
+        return _split_groups(index, share, generator, groups.to(index.device))
     train, held_out = [], []
     for label in range(int(index.max()) + 1):
         rows = (index == label).nonzero().flatten()
@@ -203,3 +208,24 @@ def _split(index: Tensor, share: float, generator: torch.Generator) -> tuple[Ten
             "of as many classes; add data"
         )
     return torch.cat(train), torch.cat(held_out)
+
+
+def _split_groups(
+    index: Tensor, share: float, generator: torch.Generator, groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Hold out whole groups until the share is reached; every class keeps rows to train on."""
+    counts = torch.zeros(int(groups.max()) + 1, int(index.max()) + 1, dtype=torch.int64)
+    counts.index_put_((groups.cpu(), index.cpu()), torch.ones(len(index)).long(), accumulate=True)
+    left, taken = counts.sum(dim=0), torch.zeros(len(counts), dtype=torch.bool)
+    for group in torch.randperm(len(counts), generator=generator).tolist():
+        full = int(counts[taken].sum()) >= share * len(index)
+        if not full and bool((left > counts[group]).all()):
+            left = left - counts[group]
+            taken[group] = True
+    if not bool(taken.any()):
+        raise ValueError(
+            f"early stopping needs a group to hold out, got {len(counts)} groups, each of which holds all of "
+            "some class; add groups"
+        )
+    out = taken.to(groups.device)[groups]
+    return (~out).nonzero().flatten(), out.nonzero().flatten()

@@ -3,7 +3,7 @@
 The objective is ``|w|^2 / 2 + C * sum(max(0, 1 - y * score)^2)`` for each class, as in LIBLINEAR.
 
 Deviation: LIBLINEAR penalises the intercept, which makes its result depend on where the origin is;
-here the intercept is free.
+here the intercept is free. The penalty acts in units of the data unless ``standardize=None``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from concept_erasure.probes._fitted import FittedProbe, training_data
 from concept_erasure.probes._solve import (
     Coordinates,
     Objective,
+    Standardize,
     check_penalty,
+    check_standardize,
     coordinates,
     minimise,
+    units,
     warn_unless_converged,
 )
 
@@ -62,6 +65,9 @@ class SvmProbe:
 
     Attributes:
         C: Inverse strength of the L2 penalty, as in scikit-learn. Higher fits closer.
+        standardize: Units in which the penalty acts. ``"global"`` divides all features by the root of their mean
+            variance, so a probe of ``x`` and of ``1000 x`` is the same one and erasers are compared at one
+            scale; ``"feature"`` divides each by its own deviation; None takes ``x`` as it is, as scikit-learn.
         tol: Stop when no entry of the gradient of the mean loss exceeds this, in coordinates where
             the curvature is about one.
         max_iter: Most steps; an `ErasureWarning` tells when they were not enough.
@@ -77,10 +83,12 @@ class SvmProbe:
     C: float = 1.0
     tol: float = 1e-8
     max_iter: int = 2000
+    standardize: Standardize = "global"
 
     def __post_init__(self) -> None:
         """Check the values."""
         check_penalty(self.C, self.tol, self.max_iter)
+        check_standardize(self.standardize)
 
     @torch.no_grad()
     def fit(self, x: Vectors, z: object) -> FittedSvm:
@@ -102,7 +110,8 @@ class SvmProbe:
         n, width = matrix.shape
         rows = 1 if len(classes) == 2 else len(classes)
         signs = 2 * one_hot(index, len(classes)).to(matrix)[:, -rows:] - 1
-        frame = coordinates(matrix, ridge=1 / (self.C * n), curvature=2.0)
+        unit = units(matrix, self.standardize)
+        frame = coordinates(unit.apply(matrix), ridge=1 / (self.C * n), curvature=2.0)
         start = matrix.new_zeros(frame.u.shape[1] + 1)
         tol = self.tol if matrix.dtype == torch.float64 else max(self.tol, 1e-5)
         solutions = [
@@ -112,7 +121,7 @@ class SvmProbe:
         worst = max(solutions, key=lambda solution: solution.gradient)
         warn_unless_converged(worst, probe="svm", tol=tol)
         point = torch.stack([solution.point for solution in solutions])
-        coef, intercept = frame.original(point[:, :-1], point[:, -1])
+        coef, intercept = unit.original(*frame.original(point[:, :-1], point[:, -1]))
         return FittedSvm(
             classes=classes,
             width=width,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 
 from concept_erasure.collect import Representations, collect, fit_streaming, select, stream
 from concept_erasure.errors import ShapeError, SiteNotFoundError
-from concept_erasure.sites import find_sites, fingerprint, hook
+from concept_erasure.labels import encode_concepts
+from concept_erasure.linear.leace import LeaceEraser, LeaceFitter
+from concept_erasure.sites import Space, find_sites, fingerprint, hook
 from tests.models import KINDS, TinyTokenizer, tiny
 
 TEXTS = ["she is a nurse", "he works", "they went home early today", "one", "a b c"]
@@ -120,6 +123,10 @@ def test_refusals() -> None:
         ({"tokens": "middle"}, ValueError, "'middle'"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"max_length": 0}, ValueError, "max_length"),
+        ({"texts": ["a", None]}, TypeError, "text 1 is NoneType"),
+        ({"progress": 5}, TypeError, "progress must be True"),
+        ({"labels": {"a": LABELS, "b": [1]}}, ShapeError, "as many for every concept"),
+        ({"labels": {"a": [1]}}, ShapeError, "5 texts but 1 labels"),
     ]
     for options, error, message in cases:
         arguments = {"texts": TEXTS, "sites": "residual.0", **options}
@@ -188,3 +195,183 @@ def test_representations() -> None:
         Representations(torch.zeros(4, 2), [1, 2, 3])
     with pytest.raises(ShapeError, match=r"\(n, d\)"):
         Representations(torch.zeros(4))
+
+
+def texts_and_labels(n: int = 40) -> tuple[list[str], list[str], list[int]]:
+    """Texts, a concept in words, and a concept in numbers; both can be read off the texts."""
+    words = ["sun", "moon", "sea", "tree", "bird", "stone", "river", "cloud"]
+    generator = torch.Generator().manual_seed(0)
+    texts, gender, tense = [], list[str](), list[int]()
+    for i in range(n):
+        picks = torch.randint(0, 8, (3 + i % 4,), generator=generator).tolist()
+        gender.append("f" if i % 2 else "m")
+        tense.append(i // 2 % 3)
+        cues = ["she" if i % 2 else "he", ("was", "is", "will")[tense[-1]]]
+        texts.append(" ".join([*(words[p] for p in picks), *cues]))
+    return texts, gender, tense
+
+
+def test_fitters_get_their_space_and_words_are_labels() -> None:
+    model, tokenizer = tiny("llama"), TinyTokenizer()
+    texts, gender, _ = texts_and_labels()
+    for classes in (None, ("m", "f")):
+        fitted = fit_streaming(
+            model,
+            tokenizer,
+            texts,
+            gender,
+            sites=["residual.*"],
+            fitter=lambda width: LeaceFitter(width, 2, classes=classes),  # noqa: B023
+            tokens="mean",
+            batch_size=7,
+        )
+        for name, fitter in fitted.items():
+            eraser = fitter.eraser
+            assert eraser.space == Space("LlamaForCausalLM", fingerprint(model), name, "mean", 32)
+            whole = collect(model, tokenizer, texts, gender, sites=name, tokens="mean")
+            expected = LeaceEraser.fit(whole)
+            assert torch.allclose(eraser.P, expected.P, atol=1e-4)
+            assert eraser.space == expected.space
+    eraser.attach(model).undo()  # it knows its place
+
+
+def test_a_space_set_by_hand_is_kept() -> None:
+    own = Space("mine", "mark", "residual.0", "last", 32)
+
+    def fitter(width: int) -> LeaceFitter:
+        made = LeaceFitter(width, 3)
+        made.space = own
+        return made
+
+    fitted = fit_streaming(
+        tiny("llama"), TinyTokenizer(), TEXTS, LABELS, sites="residual.0", fitter=fitter
+    )
+    assert fitted["residual.0"].space is own
+
+
+@pytest.mark.parametrize("form", ["mapping", "table"])
+def test_joint_concepts(form: str) -> None:
+    model, tokenizer = tiny("llama"), TinyTokenizer()
+    texts, gender, tense = texts_and_labels()
+    joint: Any = {"gender": gender, "tense": tense}
+    joint = pd.DataFrame(joint) if form == "table" else joint
+    fitted = fit_streaming(
+        model,
+        tokenizer,
+        texts,
+        joint,
+        sites="residual.1",
+        fitter=lambda width: LeaceFitter(width, 5),
+        batch_size=7,
+    )["residual.1"]
+    data = collect(model, tokenizer, texts, joint, sites="residual.1")
+    assert len(data.split(0.5, 0)[0].z["gender"]) == 20  # type: ignore[index]
+    expected = LeaceEraser.fit(data)
+    assert fitted.eraser.map.rank == expected.map.rank == 3
+    assert torch.allclose(fitted.eraser.P, expected.P, atol=1e-4)
+    clean = fitted.eraser(data.x.double())
+    z = encode_concepts(joint).values
+    gap = (clean - clean.mean(0)).T @ (z - z.mean(0))
+    assert gap.abs().max() < 1e-6
+
+
+def test_background_gives_every_token() -> None:
+    model, tokenizer = tiny("llama"), TinyTokenizer("left")
+    texts, gender, _ = texts_and_labels()
+    options: dict[str, Any] = {
+        "sites": "residual.1",
+        "fitter": lambda width: LeaceFitter(width, 2, shrinkage=False),
+        "batch_size": 7,
+    }
+    bare = fit_streaming(model, tokenizer, texts, gender, **options)["residual.1"].eraser
+    wide = fit_streaming(model, tokenizer, texts, gender, background=True, **options)["residual.1"]
+    every = collect(model, tokenizer, texts, gender, sites="residual.1", tokens="all")
+    data = collect(model, tokenizer, texts, gender, sites="residual.1")
+    expected = LeaceEraser.fit(data, background=every, shrinkage=False)
+    assert torch.allclose(wide.eraser.P, expected.P, atol=1e-4)
+    assert wide.eraser.space == data.space and wide.eraser.report["residual"] < 1e-6  # type: ignore[operator]
+
+    def moved(eraser: LeaceEraser) -> float:
+        x = torch.cat([every.x, data.x]).double()
+        return float((eraser(x) - x).square().sum())
+
+    assert moved(wide.eraser) < moved(bare)
+    same = fit_streaming(model, tokenizer, texts, gender, tokens="all", background=True, **options)
+    assert same["residual.1"].n == len(every)
+    with pytest.raises(TypeError, match="Recorder has none"):
+        fit_streaming(
+            model,
+            tokenizer,
+            texts,
+            gender,
+            sites="residual.1",
+            fitter=Recorder,
+            background=True,
+        )
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_progress(progress: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny("llama"), TinyTokenizer()
+    collect(model, tokenizer, TEXTS, sites="residual.0", batch_size=2, progress=progress)
+    first = capsys.readouterr().err
+    fit_streaming(
+        model, tokenizer, TEXTS, LABELS, sites="residual.0", fitter=Recorder, progress=progress
+    )
+    second = capsys.readouterr().err
+    if progress:
+        assert "reading texts: 100%" in first and "5/5" in first and "fitting: 100%" in second
+    else:
+        assert not first and not second  # no terminal here
+
+
+def calls(model: nn.Module, path: str) -> list[int]:
+    """Count the runs of a module, without a hook on it."""
+    module, count = model.get_submodule(path), [0]
+    inner = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        return inner(*args, **kwargs)
+
+    module.forward = forward  # type: ignore[method-assign]
+    return count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_stop_at_the_last_site(kind: str) -> None:
+    model, tokenizer = tiny(kind), TinyTokenizer()
+    before, sites = state(model), ["norm2.0", "residual.0"]
+    full = collect(model, tokenizer, TEXTS, sites=[*sites, "residual.2"], batch_size=1)
+    block = find_sites(model)
+    inner, outer = (
+        calls(model, block["residual.0"].module),
+        calls(model, block["residual.2"].module),
+    )
+    found = collect(model, tokenizer, TEXTS, sites=sites, batch_size=1)
+    assert (inner[0], outer[0]) == (5, 1)  # the first pass is a whole one
+    assert all(torch.equal(found[name].x, full[name].x) for name in sites)
+    with hook(model, block["residual.1"], lambda x: None):  # somebody else's hook must run
+        collect(model, tokenizer, TEXTS, sites=sites, batch_size=1)
+    assert outer[0] == 6
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_module_run_twice_is_read_at_its_last_run() -> None:
+    model = tiny("llama")
+    layers = model.get_submodule("model.layers")
+    layers[2] = layers[0]
+    whole = collect(model, TinyTokenizer(), TEXTS, sites="model.layers.0.mlp", batch_size=5)
+    parts = collect(model, TinyTokenizer(), TEXTS, sites="model.layers.0.mlp", batch_size=1)
+    assert torch.allclose(whole.x, parts.x, atol=1e-5)
+
+
+def test_a_tokenizer_that_pads_left_whatever_it_is_told() -> None:
+    def stubborn(texts: list[str], **options: Any) -> Any:
+        return TinyTokenizer("left")(texts, **options)
+
+    model = tiny("gpt2")
+    left = collect(model, stubborn, TEXTS, sites="residual.1", tokens="all")
+    right = collect(model, TinyTokenizer(), TEXTS, sites="residual.1", tokens="all")
+    assert torch.equal(left.x, right.x)

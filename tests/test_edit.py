@@ -16,6 +16,8 @@ from concept_erasure.edit import (
     Patch,
     active_edits,
     base_fingerprint,
+    lineage,
+    same_lineage,
 )
 from concept_erasure.errors import EditError, ShapeError
 from concept_erasure.sites import Site, fingerprint, resolve
@@ -112,7 +114,7 @@ def test_all_or_none() -> None:
         DensePatch("nowhere.weight", torch.ones(D, D)),
         DensePatch("head.bias", torch.full((3,), float("nan"))),
         ColumnPatch("block.weight", torch.tensor([D]), torch.zeros(D, 1)),
-        BiasPatch("block", torch.zeros(D)),
+        BiasPatch({"block": torch.zeros(D)}),
     ]
     for patch in bad:
         with pytest.raises((EditError, ShapeError)):
@@ -126,7 +128,7 @@ def test_bias_where_there_is_none() -> None:
     model = ToyModel(D)
     model.block = nn.Linear(D, D, bias=False).double()
     before = _bits(model)
-    with Edit(model, [BiasPatch("block", torch.ones(D))]):
+    with Edit(model, [BiasPatch({"block": torch.ones(D)})]):
         assert torch.equal(model.block.bias, torch.ones(D, dtype=torch.float64))
     assert model.block.bias is None
     assert _same(model, before)
@@ -183,13 +185,124 @@ def test_commit_refusals() -> None:
     hooked = Edit(model, [_hook(model)])
     with pytest.raises(EditError, match="hook"):
         hooked.commit()
-    later = Edit(model, [_dense(model)])
-    with pytest.raises(EditError, match="first"):
+    hooked.undo()
+    first, later = Edit(model, [_low_rank(model)], label="one"), Edit(model, [_dense(model)])
+    with pytest.raises(EditError, match=r"(?s)one first.*block\.weight"):
         later.commit()
     later.undo()
-    hooked.undo()
+    first.undo()
     with pytest.raises(EditError, match="undone"):
         later.commit()
+
+
+def test_commit_is_blocked_by_overlap_only() -> None:
+    model = ToyModel(D)
+    before = _bits(model)
+    hooked = Edit(model, [_hook(model)])
+    elsewhere = Edit(model, [DensePatch("encoder.weight", torch.ones(D, D))])
+    Edit(model, [_dense(model)]).commit()
+    elsewhere.undo()
+    hooked.undo()
+    assert (model.block.weight == 1).all()
+    assert _same(model, {**before, "block.weight": model.block.weight.detach()})
+
+
+@pytest.mark.parametrize("error", [None, KeyError("body"), KeyboardInterrupt()])
+def test_exit_unwinds_later_edits(error: BaseException | None) -> None:
+    model = ToyModel(D)
+    before = _bits(model)
+    raised: BaseException | None = None
+    try:
+        with Edit(model, [_low_rank(model)]):
+            Edit(model, [_columns(model)])
+            Edit(model, [_hook(model), _dense(model)])
+            if error is not None:
+                raise error
+    except BaseException as caught:  # noqa: BLE001 looked at below
+        raised = caught
+    assert raised is error
+    assert _same(model, before)
+    assert active_edits(model) == []
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class _Stuck(HookPatch):
+    def undo(self, model: nn.Module) -> None:
+        super().undo(model)
+        raise RuntimeError("stuck")
+
+
+def test_an_undo_that_fails_does_not_hide_the_body() -> None:
+    model = ToyModel(D)
+    before = _bits(model)
+    stuck = [_dense(model), _Stuck(_site(model), lambda x: x)]
+    with (
+        pytest.raises(KeyError, match="body") as caught,
+        Edit(model, [_low_rank(model)]),
+        Edit(model, stuck),
+    ):
+        raise KeyError("body")
+    assert "stuck" in caught.value.__notes__[0]
+    assert _same(model, before)
+    with (
+        pytest.raises(RuntimeError, match="stuck"),
+        Edit(model, [_dense(model), _Stuck(_site(model), lambda x: x)]),
+    ):
+        pass
+    assert _same(model, before)
+
+
+def test_values_are_made_when_applied() -> None:
+    model = ToyModel(D)
+    before = _bits(model)
+    double = [DensePatch("block.weight", lambda m: 2 * m.block.weight.detach()) for _ in range(2)]
+    with Edit(model, double):
+        assert torch.equal(model.block.weight, 4 * before["block.weight"])
+    assert _same(model, before)
+
+
+def test_fingerprints_after_a_commit() -> None:
+    """Committing A under B and C: the base is the model with A, whatever is undone after."""
+    model, twin = ToyModel(D), ToyModel(D)
+    original = fingerprint(model)
+    value = torch.eye(D, dtype=torch.float64)
+    Edit(twin, [DensePatch("block.weight", value)]).commit()
+    with_a = fingerprint(twin)
+    first = Edit(model, [DensePatch("block.weight", value)])
+    second = Edit(model, [_columns(model), DensePatch("encoder.weight", value)])
+    third = Edit(model, [_low_rank(model), _hook(model)])
+    now = _bits(model)
+    first.commit()
+    assert _same(model, now)
+    for edit in (third, second):
+        assert base_fingerprint(model) == with_a
+        edit.undo()
+    assert base_fingerprint(model) == fingerprint(model) == with_a
+    assert lineage(model) == {original, with_a}
+    assert same_lineage(original, with_a)
+    assert not same_lineage(original, "other")
+
+
+def test_lineage_ends_where_weights_change_otherwise() -> None:
+    model = ToyModel(D)
+    Edit(model, [_dense(model)]).commit()
+    assert len(lineage(model)) == 2
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+    assert lineage(model) == {fingerprint(model)}
+
+
+def test_fingerprint_without_a_bias_that_was_added() -> None:
+    model, plain = ToyModel(D), ToyModel(D)
+    for one in (model, plain):
+        one.block = nn.Linear(D, D, bias=False).double()
+        one.block.weight.detach().copy_(torch.eye(D))
+    Edit(plain, [_dense(plain)]).commit()
+    first = Edit(model, [_dense(model)])
+    with Edit(model, [BiasPatch({"block": None})]):
+        first.commit()
+        assert base_fingerprint(model) == fingerprint(plain)
+        assert model.block.bias is not None
 
 
 def test_nothing_to_change() -> None:
@@ -204,6 +317,14 @@ def test_one_key_is_in_force_once() -> None:
         Edit(model, [_dense(model)], key="same")
     edit.undo()
     Edit(model, [_dense(model)], key="same").undo()
+
+
+def test_edits_share_no_key() -> None:
+    model = ToyModel(D)
+    with Edit(model, [_dense(model)], key=["a", "b"], label="old"):
+        with pytest.raises(EditError, match="old"):
+            Edit(model, [_dense(model)], key=["b", "c"])
+        Edit(model, [_dense(model)], key="c")
 
 
 def test_tied_parameters_are_named() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from concept_erasure._storage import manifest
 from concept_erasure.eraser import Eraser
 from concept_erasure.errors import FormatError
 from concept_erasure.linear.leace import LeaceEraser
@@ -38,6 +39,15 @@ def _refused(folder: Path) -> None:
         with pytest.raises(FormatError) as caught:
             kind.from_pretrained(folder)
         assert len(str(caught.value)) > 10
+
+
+def _seal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make manifest and digest agree with what was changed: what is refused now is refused by its own check."""
+    tensors = load_file(folder / TENSORS)
+    values = json.loads((folder / CONFIG).read_text())
+    values["tensors"] = manifest(tensors)
+    (folder / CONFIG).write_text(json.dumps(values))
+    monkeypatch.setattr(Eraser, "digest", values["digest"])
 
 
 def test_the_unbroken_one_loads(saved: Path) -> None:
@@ -120,6 +130,54 @@ def test_mistyped_tensors(broken: Path, change: str) -> None:
     tensors = load_file(broken / TENSORS)
     save_file(CHANGES[change](tensors), broken / TENSORS)
     _refused(broken)
+
+
+SEALED = sorted(set(CHANGES) - {"affine, but no bias", "half of each"})  # erasers of their own
+
+
+@pytest.mark.parametrize("change", SEALED)
+def test_mistyped_tensors_with_a_manifest_that_agrees(
+    broken: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = load_file(broken / TENSORS)
+    save_file(CHANGES[change](tensors), broken / TENSORS)
+    _seal(broken, monkeypatch)
+    _refused(broken)
+
+
+@pytest.mark.parametrize("change", ["another value", "rounded", "half of each"])
+def test_tensors_of_another_eraser(broken: Path, change: str) -> None:
+    """Same names; the digest in the description tells them apart, even with a manifest that agrees."""
+    more: dict[str, Change] = {
+        "another value": lambda t: {name: value + 1e-9 for name, value in t.items()},
+        "rounded": lambda t: {name: value.float() for name, value in t.items()},
+    }
+    tensors = {**CHANGES, **more}[change](load_file(broken / TENSORS))
+    save_file(tensors, broken / TENSORS)
+    values = json.loads((broken / CONFIG).read_text())
+    (broken / CONFIG).write_text(json.dumps({**values, "tensors": manifest(tensors)}))
+    _refused(broken)
+
+
+@pytest.mark.parametrize("stop", ["README.md", CONFIG])
+def test_interrupted_overwrite(broken: Path, stop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving over another eraser of the same shape ends half-way: never a mixture of the two."""
+    other = LeaceEraser.fit(*sample(200, 6, 3, seed=1))
+    replace = Path.replace
+
+    def stopping(self: Path, target: Path) -> Path:
+        if target.name == stop:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        other.save_pretrained(broken)
+    _refused(broken)
+    assert {path.name for path in broken.iterdir()} == {TENSORS, CONFIG, "README.md"}
+    monkeypatch.undo()
+    other.save_pretrained(broken)
+    assert Eraser.from_pretrained(broken).digest == other.digest
 
 
 # ------------------------------------------------------------------------ the description
@@ -230,6 +288,53 @@ def test_mistyped_values(broken: Path) -> None:
             except Exception as error:  # noqa: BLE001 the point of the test
                 pytest.fail(f"{'.'.join(path)} = {wrong!r} raised {type(error).__name__}: {error}")
             assert eraser(x).shape == x.shape  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [
+        ("method", True),
+        ("affine", 1),
+        ("affine", "yes"),
+        ("shrinkage", 1),
+        ("shrinkage", None),
+        ("rank", True),
+        ("rank", 1.0),
+        ("svd_tol", "0.1"),
+        ("strength", True),
+        ("strength", None),
+        ("strength", "1"),
+    ],
+)
+def test_mistyped_options(
+    broken: Path, key: str, wrong: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = json.loads((broken / CONFIG).read_text())
+    values["config"][key] = wrong
+    (broken / CONFIG).write_text(json.dumps(values))
+    _seal(broken, monkeypatch)
+    _refused(broken)
+
+
+SPACE = {"model": "m", "fingerprint": "f", "site": "s", "tokens": "last", "width": 6}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"width": 7}, {"width": True}, {"tokens": "middle"}, {"tokens": ""}, {"model": 1}]
+)
+def test_a_space_that_cannot_be(broken: Path, wrong: dict[str, object]) -> None:
+    values = json.loads((broken / CONFIG).read_text())
+    (broken / CONFIG).write_text(json.dumps({**values, "space": SPACE}))
+    assert Eraser.from_pretrained(broken).space is not None
+    (broken / CONFIG).write_text(json.dumps({**values, "space": {**SPACE, **wrong}}))
+    _refused(broken)
+
+
+def test_constants_that_are_no_json(broken: Path) -> None:
+    text = (broken / CONFIG).read_text()
+    for word in ("NaN", "Infinity", "-Infinity"):
+        (broken / CONFIG).write_text(text.replace('"report": {', f'"report": {{"a": {word},'))
+        _refused(broken)
 
 
 def test_nowhere(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from concept_erasure.sites import (
     resolve,
     width_at,
 )
+from concept_erasure.sites import _fetch as fetch
 from tests.models import KINDS, tiny
 
 FOLDS = {  # kind of site: whether it has readers, whether it has a writer
@@ -280,3 +281,98 @@ def test_space_round_trip() -> None:
         Space.from_dict({"model": "m"})
     with pytest.raises(FormatError, match="width"):
         Space.from_dict({**space.to_dict(), "width": "32"})
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("model.layers", "residual.0, residual.1, residual.2"),
+        ("model.rotary_emb", "nearest:"),
+    ],
+)
+def test_modules_without_an_activation_are_refused(path: str, named: str) -> None:
+    model = tiny("llama")
+    with pytest.raises(SiteNotFoundError, match=f"nothing can be done at '{path}'.*{named}"):
+        resolve(model, path)
+    with pytest.raises(SiteNotFoundError, match="nothing can be done"):
+        hook(model, Site(path, path, "module"), lambda x: None)
+    names = [site.name for site in resolve(model, "model.*")]
+    assert path not in names and "model.layers.0.mlp" in names
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_every_kind_of_container_is_refused() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+    model = nn.Module()
+    model.a = nn.ModuleDict({"x": nn.Linear(2, 2)})
+    model.b = nn.ParameterList([nn.Parameter(torch.ones(2))])
+    model.c = nn.ParameterDict({"x": nn.Parameter(torch.ones(2))})
+    model.d = Holder()
+    for name in "abcd":
+        with pytest.raises(SiteNotFoundError, match=r"never run.*nearest: [ad]\."):
+            resolve(model, name)
+    assert resolve(model, "d.inner")[0].module == "d.inner"
+
+
+@pytest.mark.parametrize("sites", [5, [1], ["residual.0", None], None, b"residual.0"])
+def test_sites_that_are_no_strings(sites: object) -> None:
+    with pytest.raises(TypeError, match="sites must be a name, pattern or module path"):
+        resolve(tiny("llama"), sites)  # type: ignore[arg-type]
+
+
+def test_an_activation_of_whole_numbers_is_refused() -> None:
+    class Ids(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return ids + 1
+
+    model = nn.Sequential(Ids())
+    with (
+        hook(model, Site("0", "0", "module"), lambda x: None),
+        pytest.raises(SiteNotFoundError, match=r"torch\.int64 values, not hidden states"),
+    ):
+        model(torch.arange(3))
+
+
+def test_no_writer_while_dropout_is_active() -> None:
+    """GPT-2 has dropout after both writers, inside the modules whose outputs are the sites."""
+    model = tiny("gpt2")
+    quiet = find_sites(model)
+    loud = find_sites(model.train())
+    for name in ("attention.1", "mlp.1"):
+        assert quiet[name].writer is not None and loud[name].writer is None
+        assert width_at(model, loud[name]) == 32
+    assert {n: s.readers for n, s in quiet.items()} == {n: s.readers for n, s in loud.items()}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert find_sites(model) == quiet
+    assert find_sites(tiny("llama").train()) == find_sites(tiny("llama"))  # no dropout modules
+
+
+def test_the_fingerprint_depends_on_names_not_on_places() -> None:
+    one, two = nn.Linear(3, 3), nn.Linear(3, 3)
+    a, b = nn.Module(), nn.Module()
+    a.one, a.two = one, two
+    b.two, b.one = two, one  # registered in the other order
+    assert fingerprint(a) == fingerprint(b)
+    b.one, b.two = two, one
+    assert fingerprint(a) != fingerprint(b)
+    model = tiny("gpt2")
+    assert fingerprint(model) == fingerprint(model.get_submodule("transformer"))  # no head
+
+
+def test_values_come_back_in_order_from_several_devices() -> None:
+    """Devices are told apart by the attribute alone, so pretend that every other vector is away."""
+
+    class Away(Tensor):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda", 0)
+
+    pieces = [torch.full((i + 1,), float(i)) for i in range(5)]
+    mixed = [p.as_subclass(Away) if i % 2 else p for i, p in enumerate(pieces)]
+    assert all(torch.equal(got, p) for got, p in zip(fetch(mixed), pieces, strict=True))

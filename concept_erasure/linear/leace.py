@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from concept_erasure.collect import Representations
+from concept_erasure.data import read_data
 from concept_erasure.eraser import EraserConfig, RepresentationEraser
 from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
-from concept_erasure.labels import LabelKind, Labels, as_tensor, encode_concepts
+from concept_erasure.labels import LabelKind, as_tensor, encode_concepts
 from concept_erasure.leakage import FOLDS, Folds, held_out_gap, remaining_gap
 from concept_erasure.linalg import (
     LowRankAffine,
@@ -161,10 +162,6 @@ class LeaceEraser(RepresentationEraser):
     method: ClassVar[str] = "leace"
     config_type: ClassVar[type[EraserConfig]] = LeaceConfig
 
-    proj_left: Tensor
-    proj_right: Tensor
-    bias: Tensor | None
-
     @classmethod
     def fit(
         cls,
@@ -236,28 +233,6 @@ class LeaceEraser(RepresentationEraser):
             fitter.hold_out(*other, z_kind=z_kind)
         fitter.space = space
         return fitter.eraser
-
-    @classmethod
-    def _optional_tensors(cls) -> set[str]:
-        return {"bias"}
-
-    def _check(self) -> None:
-        if self.proj_left.ndim != 2 or self.proj_left.shape != self.proj_right.T.shape:
-            raise ShapeError(
-                f"proj_left {tuple(self.proj_left.shape)} and proj_right {tuple(self.proj_right.shape)} "
-                "must be (d, r) and (r, d)"
-            )
-        _ = self.map
-
-    @property
-    def map(self) -> LowRankAffine:
-        """The map as the house's `LowRankAffine`."""
-        return LowRankAffine(self.proj_left, self.proj_right.T, self.bias)
-
-    @property
-    def P(self) -> Tensor:  # noqa: N802 the paper's symbol
-        """The dense projection, shape ``(d, d)``."""
-        return self.map.matrix
 
 
 class LeaceFitter:
@@ -676,43 +651,3 @@ class LeaceFitter:
 
 def _say(message: str) -> None:
     warnings.warn(message, ErasureWarning, stacklevel=6)
-
-
-def read_data(
-    x: object, z: object, z_kind: LabelKind, classes: Sequence[str] | None = None
-) -> tuple[Tensor, Labels, Space | None]:
-    """Return x, encoded labels (one a row of the flattened x) and the space.
-
-    Raises:
-        ValueError: If there are fewer than two rows or no labels.
-        ShapeError: If x is one-dimensional, or x and z disagree.
-    """
-    space = None
-    if isinstance(x, Representations):
-        space, z, x = x.space, x.z if z is None else z, x.x
-    data = as_tensor(x)
-    if data.ndim < 2:
-        raise ShapeError(f"x must have shape (n, d) or (batch, seq, d); got {tuple(data.shape)}")
-    if data.is_complex():
-        raise TypeError("complex representations are not supported")
-    if not data.is_floating_point():
-        data = data.to(torch.float64)
-    rows = math.prod(data.shape[:-1])
-    if rows < 2:
-        raise ValueError(f"at least 2 rows are needed to fit; got {rows}")
-    if z is None:
-        raise ValueError("labels are missing: give z, or representations collected with labels")
-    if hasattr(z, "shape") and data.ndim > 2:
-        z = _labels_per_row(as_tensor(z, name="z"), data)
-    labels = encode_concepts(z, n=rows, kind=z_kind, classes=classes)
-    return data, Labels(labels.values.to(data.device), labels.names), space
-
-
-def _labels_per_row(z: Tensor, data: Tensor) -> Tensor:
-    """Flatten labels of shape ``(batch, seq, ...)``; repeat labels of shape ``(batch,)`` over the sequence."""
-    lead = data.shape[:-1]
-    if z.shape[: len(lead)] == lead:
-        return z.reshape(-1, *z.shape[len(lead) :])
-    if z.shape == lead[:1]:
-        return z.reshape(-1, *[1] * (len(lead) - 1)).expand(lead).reshape(-1)
-    return z

@@ -17,29 +17,44 @@ statistics accumulate in float64.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from concept_erasure.collect import Representations
+from concept_erasure.data import class_indices, is_text, labels_per_row, read_data
 from concept_erasure.eraser import Eraser, EraserConfig
 from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.labels import as_tensor
 from concept_erasure.linalg import optimal_linear_shrinkage
 from concept_erasure.linear.groupby import groupby
 from concept_erasure.linear.optimal_transport import ot_barycenter, ot_map, ot_midpoint
+from concept_erasure.sites import Space
 
 __all__ = ["QuadraticConfig", "QuadraticEditor", "QuadraticEraser", "QuadraticFitter"]
 
 Shrinkage = bool | Literal["auto"]
+SMALL_RESIDUAL = 1e-6  # difference of class covariances below which we call them equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuadraticConfig(EraserConfig):
-    """Options of the fit, see `QuadraticFitter`."""
+    """Options of the fit, see `QuadraticFitter`.
+
+    Attributes:
+        classes: Names of the classes in the order of the eraser's maps; empty for ids ``0 .. k-1``.
+    """
 
     shrinkage: Shrinkage = "auto"
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.shrinkage not in (True, False, "auto"):
+            raise ValueError(f"shrinkage must be True, False or 'auto'; got {self.shrinkage!r}")
+        object.__setattr__(self, "classes", tuple(str(name) for name in self.classes))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -62,17 +77,30 @@ class QuadraticEraser(Eraser):
     @classmethod
     def fit(
         cls,
-        x: Tensor,
-        z: Tensor,
+        x: object,
+        z: object = None,
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         shrinkage: Shrinkage = "auto",
     ) -> QuadraticEraser:
-        """Fit on data in memory; see `QuadraticFitter` for the arguments and errors."""
+        """Fit on data in memory; see `QuadraticFitter.fit` for the arguments and errors.
+
+        Example:
+            >>> import torch
+            >>> x = torch.tensor([[0.0], [2.0], [5.0], [9.0]])
+            >>> z = ["cat", "cat", "dog", "dog"]
+            >>> QuadraticEraser.fit(x, z)(x, z).flatten()
+            tensor([2.5000, 5.5000, 2.5000, 5.5000])
+        """
         return QuadraticFitter.fit(x, z, device=device, dtype=dtype, shrinkage=shrinkage).eraser
 
-    def optimal_transport(self, z: int, x: Tensor) -> Tensor:
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the maps; empty for ids ``0 .. k-1``."""
+        return self.config.classes if isinstance(self.config, QuadraticConfig) else ()
+
+    def optimal_transport(self, z: int | str, x: Tensor) -> Tensor:
         """Move rows of class ``z`` to the barycentre.
 
         Args:
@@ -82,15 +110,17 @@ class QuadraticEraser(Eraser):
         Returns:
             Tensor of the shape, dtype and device of ``x``.
         """
-        _check_class(z, len(self.class_means))
-        return _move(x, self.class_means[z], self.ot_maps[z], self.global_mean)
+        return self._transport(_class_index(z, len(self.class_means), self.classes), x)
 
-    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
+    def _transport(self, index: int, x: Tensor) -> Tensor:
+        return _move(x, self.class_means[index], self.ot_maps[index], self.global_mean)
+
+    def __call__(self, x: Tensor, z: object) -> Tensor:
         """Erase the class from every row.
 
         Args:
             x: Rows, shape ``[n, d]`` or ``[..., d]``.
-            z: Classes, integers, one for each row: shape ``x.shape[:-1]``.
+            z: Classes in the form used for fitting, one for each row: shape ``x.shape[:-1]``.
 
         Returns:
             Tensor of the shape, dtype and device of ``x``.
@@ -99,11 +129,14 @@ class QuadraticEraser(Eraser):
             ShapeError: If ``z`` does not have one label per row.
             ValueError: If a label is not one of the fitted classes.
         """
-        rows, labels = _rows(x, z, self.class_means.shape[-1])
-        return groupby(rows, labels).map(self.optimal_transport).coalesce().view(x.shape)
+        k, width = self.class_means.shape
+        rows, labels = _rows(x, z, width, k, self.classes)
+        return groupby(rows, labels).map(self._transport).coalesce().view(x.shape)
 
     def _check(self) -> None:
         k, d = self.class_means.shape
+        if len(self.classes) not in (0, k):
+            raise ShapeError(f"there are {k} class means and {len(self.classes)} class names")
         if self.global_mean.shape != (d,) or self.ot_maps.shape != (k, d, d):
             raise ShapeError(
                 f"class_means {(k, d)} needs global_mean {(d,)} and ot_maps {(k, d, d)}; got "
@@ -118,12 +151,14 @@ class QuadraticEditor:
     Attributes:
         class_means: Class centroids, shape ``[k, d]``.
         ot_maps: Transport matrices, shape ``[k, k, d, d]``, indexed by source, then target.
+        classes: Names of the classes; empty for ids ``0 .. k-1``.
     """
 
     class_means: Tensor
     ot_maps: Tensor
+    classes: tuple[str, ...] = ()
 
-    def transport(self, x: Tensor, source_z: int, target_z: int) -> Tensor:
+    def transport(self, x: Tensor, source_z: int | str, target_z: int | str) -> Tensor:
         """Move rows of class ``source_z`` to class ``target_z``.
 
         Args:
@@ -134,17 +169,20 @@ class QuadraticEditor:
         Returns:
             Tensor of the shape, dtype and device of ``x``.
         """
-        for label in (source_z, target_z):
-            _check_class(label, len(self.class_means))
-        matrix = self.ot_maps[source_z, target_z]
-        return _move(x, self.class_means[source_z], matrix, self.class_means[target_z])
+        k = len(self.class_means)
+        source, target = (_class_index(z, k, self.classes) for z in (source_z, target_z))
+        return self._transport(x, source, target)
 
-    def __call__(self, x: Tensor, source_z: Tensor, target_z: int) -> Tensor:
+    def _transport(self, x: Tensor, source: int, target: int) -> Tensor:
+        matrix = self.ot_maps[source, target]
+        return _move(x, self.class_means[source], matrix, self.class_means[target])
+
+    def __call__(self, x: Tensor, source_z: object, target_z: int | str) -> Tensor:
         """Move every row from its own class to ``target_z``.
 
         Args:
             x: Rows, shape ``[..., d]``.
-            source_z: Classes, integers, shape ``x.shape[:-1]``.
+            source_z: Classes in the form used for fitting, shape ``x.shape[:-1]``.
             target_z: Class to move to.
 
         Returns:
@@ -154,16 +192,18 @@ class QuadraticEditor:
             ShapeError: If ``source_z`` does not have one label per row.
             ValueError: If a label is not one of the fitted classes.
         """
-        rows, labels = _rows(x, source_z, self.class_means.shape[-1])
+        k, width = self.class_means.shape
+        rows, labels = _rows(x, source_z, width, k, self.classes)
+        target = _class_index(target_z, k, self.classes)
         split = groupby(rows, labels)
-        return split.map(lambda z, g: self.transport(g, z, target_z)).coalesce().view(x.shape)
+        return split.map(lambda z, g: self._transport(g, z, target)).coalesce().view(x.shape)
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> QuadraticEditor:
         """Return a copy on another device or of another dtype."""
         means = self.class_means.to(device=device, dtype=dtype)
-        return QuadraticEditor(means, self.ot_maps.to(device=device, dtype=dtype))
+        return QuadraticEditor(means, self.ot_maps.to(device=device, dtype=dtype), self.classes)
 
 
 class QuadraticFitter:
@@ -184,28 +224,47 @@ class QuadraticFitter:
     @classmethod
     def fit(
         cls,
-        x: Tensor,
-        z: Tensor,
+        x: object,
+        z: object = None,
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         shrinkage: Shrinkage = "auto",
     ) -> QuadraticFitter:
-        """Return a fitter that has seen ``x``, shape ``[n, d]``, with labels ``z``, shape ``[n]``.
+        """Return a fitter that has seen the data.
 
-        The number of classes is the largest label plus one.
+        Args:
+            x: Rows, shape ``[n, d]`` or ``[..., d]``, or `Representations` (then z may be left out and
+                the eraser carries their space).
+            z: Classes, shape ``x.shape[:-1]``: strings, bool or integers, which need not be 0 .. k-1.
+            device: See the constructor. Default: that of ``x``.
+            dtype: See the constructor.
+            shrinkage: See the constructor.
+
+        Raises:
+            ShapeError: If the shapes disagree.
+            TypeError: If x does not hold numbers, or z holds fractions.
+            ValueError: If there are fewer than two rows, or values are not finite.
         """
-        x, z = as_tensor(x), as_tensor(z, name="z")
-        if z.numel() < 2:
-            raise ValueError(f"at least 2 rows are needed to fit, got {z.numel()}")
+        if isinstance(x, Representations) and z is None:
+            z = x.z
+        data, labels, space = read_data(x, z, "classes")
+        fractions = [name for name in labels.names if "." in name] if not is_text(z) else []
+        if fractions:
+            raise TypeError(
+                f"quadratic erasure needs classes, and z holds fractions such as {fractions[0]}; cut the values "
+                "into bins first, or use LeaceEraser"
+            )
         fitter = cls(
-            x.shape[-1],
-            int(z.max()) + 1,
-            device=x.device if device is None else device,
+            data.shape[-1],
+            len(labels.names),
+            device=data.device if device is None else device,
             dtype=dtype,
             shrinkage=shrinkage,
+            classes=labels.names,
         )
-        return fitter.update(x, z)
+        fitter.space = space
+        return fitter._add(data.reshape(-1, data.shape[-1]), labels.values)
 
     def __init__(
         self,
@@ -215,50 +274,68 @@ class QuadraticFitter:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         shrinkage: Shrinkage = "auto",
+        classes: Sequence[object] | None = None,
     ) -> None:
         """Start with no data.
 
         Args:
             x_dim: Width ``d``.
-            num_classes: Number of classes ``k``; labels are ``0 .. k-1``.
+            num_classes: Number of classes ``k``; labels are ``0 .. k-1`` unless ``classes`` names them.
             device: Device of the statistics.
             dtype: Floating type of the statistics. Default: float64.
             shrinkage: Pull each covariance towards a multiple of the identity. ``"auto"``: only
                 if some class has no more samples than dimensions, with a warning. Shrinking makes
                 the maps steadier on new data and leaves quadratic traces in the data of the fit.
+            classes: Class names, so that batches of labels of any type can be streamed.
 
         Raises:
-            ValueError: If a size is not positive.
+            ShapeError: If there are not ``num_classes`` names.
+            ValueError: If a size is not positive or shrinkage is none of the three.
         """
         if x_dim < 1 or num_classes < 1:
             raise ValueError(
                 f"`x_dim` and `num_classes` must be positive, got {x_dim} and {num_classes}"
             )
+        if classes is not None and len(classes) != num_classes:
+            raise ShapeError(f"num_classes is {num_classes} but there are {len(classes)} classes")
         dtype = torch.float64 if dtype is None else dtype
         self.num_classes = num_classes
-        self.shrinkage = shrinkage
+        self.config = QuadraticConfig(
+            shrinkage=shrinkage, classes=tuple(str(name) for name in classes or ())
+        )
+        self.space: Space | None = None
         self.mean_x = torch.zeros(num_classes, x_dim, device=device, dtype=dtype)
         self.n = torch.zeros(num_classes, device=device, dtype=dtype)
         self.sigma_xx_ = torch.zeros(num_classes, x_dim, x_dim, device=device, dtype=dtype)
         self._eraser: QuadraticEraser | None = None
 
-    def update(self, x: Tensor, z: Tensor) -> QuadraticFitter:
+    @property
+    def shrinkage(self) -> Shrinkage:
+        """The option, see the constructor."""
+        return self.config.shrinkage
+
+    def update(self, x: Tensor, z: object) -> QuadraticFitter:
         """Add rows ``x``, shape ``[..., d]``, of classes ``z``, shape ``x.shape[:-1]``.
 
         Raises:
             ShapeError: If the shapes disagree.
-            ValueError: If a label is out of range or ``x`` holds NaN or infinities.
+            ValueError: If a label is unknown or ``x`` holds NaN or infinities.
         """
-        rows, labels = _rows(x, z, self.mean_x.shape[-1])
+        width = self.mean_x.shape[-1]
+        return self._add(*_rows(x, z, width, self.num_classes, self.config.classes))
+
+    def _add(self, rows: Tensor, index: Tensor) -> QuadraticFitter:
         _check_finite(rows)
-        for label, piece in groupby(rows, labels):
-            self.update_single(piece, label)
+        for label, piece in groupby(rows, index):
+            self._add_class(piece, label)
         return self
 
-    @torch.no_grad()
-    def update_single(self, x: Tensor, z: int) -> QuadraticFitter:
+    def update_single(self, x: Tensor, z: int | str) -> QuadraticFitter:
         """Add rows ``x``, shape ``[..., d]``, all of class ``z``."""
-        _check_class(z, self.num_classes)
+        return self._add_class(x, _class_index(z, self.num_classes, self.config.classes))
+
+    @torch.no_grad()
+    def _add_class(self, x: Tensor, z: int) -> QuadraticFitter:
         rows = x.reshape(-1, x.shape[-1]).to(self.mean_x)
         if rows.shape[-1] != self.mean_x.shape[-1]:
             raise ShapeError(f"expected width {self.mean_x.shape[-1]}, got {rows.shape[-1]}")
@@ -280,7 +357,7 @@ class QuadraticFitter:
         """Return the editor between all pairs of classes, on ``device``."""
         sigma = self.sigma_xx
         maps = ot_map(sigma[:, None], sigma)
-        return QuadraticEditor(self.mean_x.clone(), maps).to(device)
+        return QuadraticEditor(self.mean_x.clone(), maps, self.config.classes).to(device)
 
     @property
     def eraser(self) -> QuadraticEraser:
@@ -290,29 +367,43 @@ class QuadraticFitter:
             NotFittedError: If a class has fewer than two samples.
         """
         if self._eraser is None:
-            sigma = self.sigma_xx
-            if self.num_classes == 1:
-                warnings.warn(
-                    "there is one class only (is the label constant?): the eraser is the identity",
-                    ErasureWarning,
-                    stacklevel=2,
-                )
-            prior = self.n / self.n.sum()
-            center = _barycenter(sigma, prior)
-            maps = ot_map(sigma, center)
-            if self.num_classes == 1:
-                maps = torch.eye(len(center)).to(maps)[None]
-            sample = self.sigma_xx_ / (self.n.view(-1, 1, 1) - 1)
-            spread = (maps @ sample @ maps - center).flatten(1).norm(dim=1).max()
-            size = center.norm().clamp_min(torch.finfo(center.dtype).tiny)
-            self._eraser = QuadraticEraser(
-                self.mean_x.clone(),
-                prior @ self.mean_x,
-                maps,
-                config=QuadraticConfig(shrinkage=self.shrinkage),
-                report={"n_per_class": self.n.tolist(), "residual": float(spread / size)},
-            )
+            self._eraser = self._solve()
         return self._eraser
+
+    def _solve(self) -> QuadraticEraser:
+        sigma = self._covariances()
+        if self.num_classes == 1:
+            warnings.warn(
+                "there is one class only (is the label constant?): the eraser is the identity",
+                ErasureWarning,
+                stacklevel=4,
+            )
+        prior = self.n / self.n.sum()
+        center = _barycenter(sigma, prior)
+        maps = ot_map(sigma, center)
+        if self.num_classes == 1:
+            maps = torch.eye(len(center)).to(maps)[None]
+        sample = self.sigma_xx_ / (self.n.view(-1, 1, 1) - 1)
+        spread = (maps @ sample @ maps - center).flatten(1).norm(dim=1).max()
+        size = center.norm().clamp_min(torch.finfo(center.dtype).tiny)
+        residual = float(spread / size)
+        few = bool((self.n <= self.mean_x.shape[-1]).any())
+        asked = self.shrinkage is True and not few
+        if self.num_classes > 1 and residual > SMALL_RESIDUAL and not asked:
+            warnings.warn(
+                f"the class covariances still differ by {residual:.2g} of their size{self._few()}; a quadratic "
+                "probe may do better than chance",
+                ErasureWarning,
+                stacklevel=4,
+            )
+        return QuadraticEraser(
+            self.mean_x.clone(),
+            prior @ self.mean_x,
+            maps,
+            config=self.config,
+            space=self.space,
+            report={"n_per_class": self.n.tolist(), "residual": residual},
+        )
 
     @property
     def sigma_xx(self) -> Tensor:
@@ -321,25 +412,39 @@ class QuadraticFitter:
         Raises:
             NotFittedError: If a class has fewer than two samples.
         """
-        few = [i for i, n in enumerate(self.n.tolist()) if n < 2]
+        sigma = self._covariances()
+        if self.shrinkage == "auto" and self._shrinks():
+            warnings.warn(
+                f"class covariances are estimates{self._few()}", ErasureWarning, stacklevel=2
+            )
+        return sigma
+
+    def _shrinks(self) -> bool:
+        if self.shrinkage == "auto":
+            return bool((self.n <= self.mean_x.shape[-1]).any())
+        return bool(self.shrinkage)
+
+    def _few(self) -> str:
+        shrunk = "covariances are shrunk: " if self._shrinks() else ""
+        smallest = int(self.n.min())
+        return (
+            f" ({shrunk}the smallest class, {self._name(int(self.n.argmin()))}, has {smallest} samples for "
+            f"{self.mean_x.shape[-1]} dimensions)"
+        )
+
+    def _name(self, index: int) -> str:
+        return repr(self.config.classes[index]) if self.config.classes else str(index)
+
+    def _covariances(self) -> Tensor:
+        few = [self._name(i) for i, n in enumerate(self.n.tolist()) if n < 2]
         if few:
             raise NotFittedError(
-                f"classes {few} have fewer than two samples, so no covariance; give more data, or "
-                "number the classes without gaps"
+                f"classes [{', '.join(few)}] have fewer than two samples, so no covariance; give more data, "
+                "or leave these classes out"
             )
         total = (self.sigma_xx_ + self.sigma_xx_.mT) / 2
         count = self.n.view(-1, 1, 1)
-        shrink, width = self.shrinkage, self.mean_x.shape[-1]
-        if shrink == "auto":
-            shrink = bool((self.n <= width).any())
-            if shrink:
-                warnings.warn(
-                    f"the smallest class has {int(self.n.min())} samples for {width} dimensions: "
-                    "covariances are shrunk, and a quadratic probe may do better than chance",
-                    ErasureWarning,
-                    stacklevel=3,
-                )
-        if not shrink:
+        if not self._shrinks():
             return total / (count - 1)
         return torch.stack(
             [optimal_linear_shrinkage(s, n) for s, n in zip(total / count, self.n, strict=True)]
@@ -356,9 +461,13 @@ def _barycenter(sigma: Tensor, prior: Tensor) -> Tensor:
     return ot_barycenter(sigma, prior)
 
 
-def _check_class(z: int, k: int) -> None:
-    if not 0 <= z < k:
-        raise ValueError(f"class {z} is out of range; the fitted classes are 0 .. {k - 1}")
+def _class_index(z: int | str, k: int, names: tuple[str, ...]) -> int:
+    """Return the position of one class."""
+    if names:
+        return int(class_indices([z], torch.Size([1]), names)[0])
+    if isinstance(z, str) or not 0 <= z < k:
+        raise ValueError(f"class {z!r} is out of range; the fitted classes are 0 .. {k - 1}")
+    return int(z)
 
 
 def _check_finite(rows: Tensor) -> None:
@@ -369,15 +478,25 @@ def _check_finite(rows: Tensor) -> None:
         )
 
 
-def _rows(x: Tensor, z: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return ``x`` as ``[n, d]`` and ``z`` as ``[n]``, or say how they disagree."""
-    x, z = as_tensor(x), as_tensor(z, name="z")
+def _rows(
+    x: Tensor, z: object, width: int, k: int, names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return ``x`` as ``[n, d]`` and class positions ``[n]``, or say how they disagree."""
+    x = as_tensor(x)
     if x.ndim < 1 or x.shape[-1] != width:
         raise ShapeError(f"expected rows of width {width}, got x of shape {tuple(x.shape)}")
-    rows = x.reshape(x.shape[:-1].numel(), width)
-    labels = z.reshape(-1)
+    lead = x.shape[:-1]
+    rows = x.reshape(lead.numel(), width)
+    if names:
+        return rows, class_indices(z, lead, names).to(x.device)
+    labels = as_tensor(labels_per_row(z, lead), name="z").reshape(-1)
     if len(labels) != len(rows):
         raise ShapeError(f"got {len(rows)} rows in x and {len(labels)} labels in z")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < k:
+        raise ValueError(
+            f"classes {int(labels.min())}..{int(labels.max())} are out of range; the fitted classes are "
+            f"0 .. {k - 1}"
+        )
     return rows, labels
 
 

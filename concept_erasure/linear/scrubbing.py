@@ -3,7 +3,8 @@
 Each eraser is fitted on activations that the earlier erasers have cleaned already, so the model is
 fitted as it will be used (Belrose et al. 2023, arXiv:2306.03819, section on concept scrubbing;
 reference implementation: EleutherAI concept-erasure 0.2.4). Forward hooks do all of it, so any
-transformer whose sites are found will do.
+transformer whose sites are found will do. Texts are tokenised as in `collect`: padded on the right,
+whatever the tokenizer's own side, and refused if empty or too long.
 
 Two routes give the same erasers. Cached: the hidden states between two blocks are kept for all
 texts and each block is run on them, ``O(layers)`` compute and ``O(tokens * d)`` memory. Uncached:
@@ -12,7 +13,7 @@ one pass from the start for each site, ``O(layers^2)`` compute and ``O(d^2)`` me
 
 from __future__ import annotations
 
-import inspect
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,12 +26,19 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
-from concept_erasure.edit import Edit, HookPatch
+from concept_erasure.collect import Reached, accepted, check_texts, encode_batch, evaluating
+from concept_erasure.edit import Edit, HookPatch, base_fingerprint
 from concept_erasure.eraser import RepresentationEraser
-from concept_erasure.errors import EditError, FormatError, ShapeError, SiteNotFoundError
+from concept_erasure.errors import (
+    EditError,
+    FormatError,
+    ShapeError,
+    SiteNotFoundError,
+    SpaceError,
+)
 from concept_erasure.labels import LabelKind, encode_labels
 from concept_erasure.linear.leace import ErasureMethod, LeaceFitter
-from concept_erasure.sites import Site, find_sites, hook, resolve
+from concept_erasure.sites import Site, Space, find_sites, hook, model_id, resolve, width_at
 from concept_erasure.utils import is_norm_layer, mangle_module_path
 
 __all__ = ["ConceptScrubber", "Tokenizer", "random_scrub"]
@@ -56,6 +64,9 @@ class Tokenizer(Protocol):
 
 class ConceptScrubber:
     """Erasers for many places of one model.
+
+    A fitted eraser carries its space: it is refused in a model with other weights, or at another
+    place. Erasers put in by hand need none, or take ``eraser.with_space(None)``.
 
     Attributes:
         erasers: By module path below the base model with ``.`` written as ``-``, such as
@@ -103,24 +114,27 @@ class ConceptScrubber:
             z_kind: How to read one-dimensional labels: ``"auto"``, ``"classes"``,
                 ``"continuous"``.
             batch_size: Texts in one forward pass.
-            max_length: Most tokens of a text.
+            max_length: Truncate texts to this many tokens; default: refuse texts that are longer
+                than the model allows.
             progress: Show a progress bar. Default: when stderr is a terminal.
 
         Returns:
             A scrubber whose ``erasers`` are in the order of the forward pass.
 
         Raises:
-            ShapeError: If texts and labels, or tokens and token labels, disagree in number.
+            ShapeError: If texts and labels, or tokens and token labels, disagree in number, or a
+                text is too long for the model.
+            ValueError: If there are no texts, or one has no tokens; the message says which.
+            TypeError: If ``texts`` is one string, or holds something else.
             SiteNotFoundError: If a pattern matches nothing, or a site is not met exactly once in a
                 forward pass.
             EditError: If ``cached`` and the blocks do not form a chain; use ``cached=False``.
         """
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}")
+        check_texts(texts, batch_size, max_length)
         batches = _batches(model, tokenizer, texts, z, z_kind, batch_size, max_length)
         run = _Run(model, batches, method, affine, shrinkage)
         scrubber = cls()
-        with torch.no_grad(), _evaluating(model):
+        with evaluating(model):
             order = run.order(resolve(model, sites))
             shown = tqdm(order, "scrubbing", disable=None if progress is None else not progress)
             for site in shown:
@@ -138,8 +152,12 @@ class ConceptScrubber:
             model: The model, with or without its head.
 
         Raises:
+            EditError: If there are no erasers.
             SiteNotFoundError: If an eraser's place is not in the model.
+            SpaceError: If an eraser was fitted in another model, at another place, or has another
+                width. Nothing is changed then.
         """
+        self._check_spaces(model)
 
         def erase(key: str, x: Tensor) -> Tensor:
             return self.erasers[key](x).type_as(x)
@@ -156,9 +174,10 @@ class ConceptScrubber:
             hook_fn: A returned tensor takes the activation's place; None leaves it.
 
         Raises:
+            EditError: If there are no erasers.
             SiteNotFoundError: If an eraser's place is not in the model.
         """
-        places = {key: self._site(model, key) for key in self.erasers}
+        places = self._places(model)
 
         def bind(key: str) -> Callable[[Tensor], Tensor | None]:
             return lambda x: hook_fn(key, x)
@@ -169,11 +188,22 @@ class ConceptScrubber:
             yield self
 
     def attach(self, model: nn.Module) -> Edit:
-        """Erase at every site until the returned edit is undone."""
-        patches = [
-            HookPatch(self._site(model, key), eraser) for key, eraser in self.erasers.items()
-        ]
-        return Edit(model, patches, label="concept scrubbing", key=f"scrub:{id(self)}")
+        """Erase at every site until the returned edit is undone.
+
+        Raises:
+            EditError: If there are no erasers, or the same ones are attached already, by this
+                scrubber or by a copy of it.
+            SiteNotFoundError: If an eraser's place is not in the model.
+            SpaceError: As `scrub`.
+        """
+        places = self._check_spaces(model)
+        patches = [HookPatch(places[key], eraser) for key, eraser in self.erasers.items()]
+        content = sorted(
+            f"{place.module}:{place.when}:{self.erasers[key].digest}"
+            for key, place in places.items()
+        )
+        digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+        return Edit(model, patches, label="concept scrubbing", key=f"scrub:{digest}")
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write one folder for each eraser, and an index; return the folder."""
@@ -209,6 +239,41 @@ class ConceptScrubber:
             scrubber.erasers[key] = RepresentationEraser.from_pretrained(folder / str(i))
         return scrubber
 
+    def _places(self, model: nn.Module) -> dict[str, Site]:
+        """Return the place of every eraser."""
+        if not self.erasers:
+            raise EditError(
+                "the scrubber holds no erasers, so nothing would be erased; use ConceptScrubber.fit, "
+                "or put erasers in `erasers`"
+            )
+        return {key: self._site(model, key) for key in self.erasers}
+
+    def _check_spaces(self, model: nn.Module) -> dict[str, Site]:
+        """Return the place of every eraser; refuse erasers that do not belong there."""
+        spaces = {key: e.space for key, e in self.erasers.items() if e.space is not None}
+        mark = base_fingerprint(model) if spaces else ""
+        for key, space in spaces.items():
+            if space.fingerprint != mark:
+                raise SpaceError(
+                    f"the eraser {key!r} was fitted in {space.model} (weights "
+                    f"{space.fingerprint[:12]}); this model has weights {mark[:12]}. Fit it again, "
+                    "or use with_space(None) if you are sure"
+                )
+        places = self._places(model)
+        for key, place in places.items():
+            if key in spaces and not _fitted_at(model, spaces[key].site, place):
+                raise SpaceError(
+                    f"the eraser {key!r} was fitted at {spaces[key].site!r}, not at the "
+                    f"{place.when} of {place.module!r}; fit one per site, or use with_space(None) "
+                    "if you are sure"
+                )
+            width, needed = width_at(model, place), self.erasers[key].map.width
+            if width is not None and width != needed:
+                raise SpaceError(
+                    f"site {place.name!r} has width {width}; the eraser {key!r} has width {needed}"
+                )
+        return places
+
     def _site(self, model: nn.Module, key: str) -> Site:
         """Return the place a key stands for."""
         when: Literal["input", "output"] = "input" if self.pre_hook else "output"
@@ -223,6 +288,16 @@ class ConceptScrubber:
                 f"the key {key!r} stands for {len(found)} places; use one key for each"
             )
         return replace(found[0], when=when) if self.pre_hook else found[0]
+
+
+def _fitted_at(model: nn.Module, name: str, place: Site) -> bool:
+    """Say whether a space's site is a place; module paths may lack the head's prefix."""
+    try:
+        (own,) = resolve(model, name)
+    except SiteNotFoundError:
+        own = Site(name, name, "module")
+    pair = sorted((own.module, place.module), key=len)
+    return own.when == place.when and (pair[0] == pair[1] or pair[1].endswith(f".{pair[0]}"))
 
 
 @contextmanager
@@ -277,10 +352,6 @@ def random_scrub(
         yield
 
 
-class _Reached(Exception):  # noqa: N818 not an error: ends a pass that has served its purpose
-    pass
-
-
 @dataclass
 class _Batch:
     """Model inputs of some texts, the tokens that count ``(b, t)``, and their labels ``(m, c)``."""
@@ -319,8 +390,7 @@ class _Run:
         self.method, self.affine, self.shrinkage = method, affine, shrinkage
         self.done: list[tuple[Site, RepresentationEraser]] = []
         self.base = _base(model)[1]
-        flag = "use_cache" in inspect.signature(self.base.forward).parameters
-        self.options = {"use_cache": False} if flag else {}
+        self.name, self.mark = model_id(model), base_fingerprint(model)
         self.blocks: list[str] = []
         self.states: list[Tensor] = []
         self.calls: list[list[_Call]] = []
@@ -329,7 +399,7 @@ class _Run:
     def forward(self, i: int) -> None:
         """Run batch ``i`` from the start, or from the current block."""
         if self.block is None:
-            self.base(**self.batches[i].inputs, **self.options)
+            self.base(**accepted(self.base, self.batches[i].inputs))
         else:
             self._step(i, self.block)
 
@@ -370,13 +440,13 @@ class _Run:
 
         def collect(x: Tensor) -> None:
             seen.append(x)
-            raise _Reached
+            raise Reached
 
         with self.scrubbed():
             handle = hook(self.model, site, collect)
             try:
                 for i, batch in enumerate(self.batches):
-                    with suppress(_Reached):
+                    with suppress(Reached):
                         self.forward(i)
                     x = seen.pop()
                     if x.shape[:-1] != batch.mask.shape:
@@ -389,7 +459,8 @@ class _Run:
                     fitters[0].update(x[batch.mask.to(x.device)], batch.labels.to(x.device))
             finally:
                 handle.remove()
-        self.done.append((site, fitters[0].eraser))
+        space = Space(self.name, self.mark, site.name, "all", fitters[0].x_dim)
+        self.done.append((site, fitters[0].eraser.with_space(space)))
 
     def _fitter(self, x: Tensor, labels: Tensor) -> LeaceFitter:
         return LeaceFitter(
@@ -501,18 +572,6 @@ def _key(model: nn.Module, site: Site) -> str:
     return mangle_module_path(site.module.removeprefix(prefix))
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and every module back into its own afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _batches(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -523,22 +582,12 @@ def _batches(
     max_length: int | None,
 ) -> list[_Batch]:
     """Tokenise, and pair every token that counts with its label."""
-    if isinstance(texts, str) or len(texts) == 0:
-        raise ValueError(f"`texts` must be a list of at least one text, got {type(texts).__name__}")
-    device = next(model.parameters()).device
     labels, counts = _encode(z, len(texts), kind)
     batches = []
     start = 0
     for first in range(0, len(texts), size):
-        part = [str(text) for text in texts[first : first + size]]
-        encoded = tokenizer(
-            part,
-            padding=True,
-            truncation=max_length is not None,
-            max_length=max_length,
-            return_tensors="pt",
-        )
-        inputs = {name: value.to(device) for name, value in encoded.items()}
+        part = list(texts[first : first + size])
+        inputs = encode_batch(model, tokenizer, part, first, max_length)
         mask = inputs["attention_mask"].bool()
         lengths = mask.sum(1).tolist()
         if counts is None:
@@ -548,7 +597,7 @@ def _batches(
             _check_lengths(lengths, counts[first : first + size], first)
             rows = labels[start : start + sum(lengths)]
             start += sum(lengths)
-        batches.append(_Batch(inputs, mask, rows.to(device)))
+        batches.append(_Batch(inputs, mask, rows.to(mask.device)))
     return batches
 
 

@@ -3,13 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from concept_erasure.collect import Representations
 from concept_erasure.eraser import Eraser
 from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.linear.oracle import OracleEraser, OracleFitter, oracle_coefficients
+from concept_erasure.sites import Space
 
 
 def blobs(n: int = 600, d: int = 8, k: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -38,10 +41,9 @@ def test_integers_and_one_hot_give_the_same() -> None:
 def test_sparse_class_ids() -> None:
     x, z = blobs()
     eraser = OracleEraser.fit(x, z * 10 + 3)
-    assert eraser.classes is not None
-    assert eraser.classes.tolist() == [3, 13, 23]
+    assert eraser.classes == ("3", "13", "23")
     torch.testing.assert_close(eraser(x, z * 10 + 3), OracleEraser.fit(x, z)(x, z))
-    with pytest.raises(ValueError, match=r"unknown class ids \[4\]"):
+    with pytest.raises(ValueError, match=r"unknown labels \['4'\]"):
         eraser(x[:1], torch.tensor([4]))
 
 
@@ -94,8 +96,7 @@ def test_to_keeps_the_classes() -> None:
     x, z = blobs()
     eraser = OracleEraser.fit(x, z).to("cpu", torch.float32)
     assert eraser.coef.dtype == torch.float32
-    assert eraser.classes is not None
-    assert eraser.classes.dtype == torch.int64
+    assert eraser.classes == ("0", "1", "2")
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -118,7 +119,7 @@ def test_coefficients_of_collinear_columns() -> None:
 
 def test_bad_input_raises() -> None:
     x, z = blobs()
-    with pytest.raises(ShapeError, match="600 rows in x and 599 labels"):
+    with pytest.raises(ShapeError, match="600 rows and z has 599 labels"):
         OracleEraser.fit(x, z[:-1])
     with pytest.raises(ValueError, match="at least 2 rows"):
         OracleEraser.fit(x[:0], z[:0])
@@ -138,3 +139,67 @@ def test_constant_label_warns() -> None:
     with pytest.warns(ErasureWarning, match="identity"):
         eraser = OracleEraser.fit(x, torch.zeros_like(z))
     assert torch.equal(eraser(x, torch.zeros_like(z)), x)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("kind", ["list", "numpy"])
+def test_string_labels_survive_saving(k: int, kind: str, tmp_path: Path) -> None:
+    x, z = blobs(k=k)
+    names = [["cat", "axolotl", "dog"][i] for i in z.tolist()]
+    labels = names if kind == "list" else np.array(names)
+    eraser = OracleEraser.fit(x, labels)
+    assert eraser.classes == tuple(sorted(set(names)))
+    torch.testing.assert_close(eraser(x, labels), OracleEraser.fit(x, z)(x, z))
+    loaded = Eraser.from_pretrained(eraser.save_pretrained(tmp_path / "e"))
+    assert isinstance(loaded, OracleEraser)
+    assert loaded.config == eraser.config
+    assert torch.equal(loaded(x[:5], names[:5]), eraser(x[:5], names[:5]))
+    with pytest.raises(ValueError, match=r"unknown labels \['bird'\]"):
+        loaded(x[:1], ["bird"])
+
+
+def test_two_integers_stay_one_number_and_flags_are_the_same() -> None:
+    x, z = blobs(k=2)
+    eraser = OracleEraser.fit(x, z)
+    assert eraser.coef.shape == (8, 1)
+    torch.testing.assert_close(eraser(x, z == 1), eraser(x, z))
+    torch.testing.assert_close(OracleEraser.fit(x, (z == 1).tolist())(x, z), eraser(x, z))
+
+
+def test_strings_are_streamed_with_named_classes() -> None:
+    x, z = blobs()
+    names = [f"c{i}" for i in z.tolist()]
+    fitter = OracleFitter(8, 3, classes=["c0", "c1", "c2"])
+    fitter.update(x[:100], names[:100]).update(x[100:], names[100:])
+    torch.testing.assert_close(fitter.eraser(x, names), OracleEraser.fit(x, z)(x, z))
+    with pytest.raises(ValueError, match="disagree on classes"):
+        fitter.merge(OracleFitter(8, 3))
+    with pytest.raises(ShapeError, match="2 classes"):
+        OracleFitter(8, 3, classes=["a", "b"])
+
+
+def test_labels_of_texts_are_repeated_over_their_tokens() -> None:
+    x, _ = blobs()
+    texts = ["abc"[i % 3] for i in range(20)]
+    tokens = [name for name in texts for _ in range(30)]
+    whole = OracleEraser.fit(x.view(20, 30, 8), texts)
+    torch.testing.assert_close(
+        whole(x.view(20, 30, 8), texts).view(-1, 8), OracleEraser.fit(x, tokens)(x, tokens)
+    )
+
+
+def test_representations_give_labels_and_space() -> None:
+    x, z = blobs()
+    space = Space("m", "f", "residual.1", "last", 8)
+    names = [f"c{i}" for i in z.tolist()]
+    eraser = OracleEraser.fit(Representations(x, names, space))
+    assert eraser.space == space
+    torch.testing.assert_close(eraser(x, names), OracleEraser.fit(x, z)(x, z))
+
+
+def test_several_concepts_are_refused() -> None:
+    x, z = blobs()
+    with pytest.raises(ValueError, match="2 concepts"):
+        OracleEraser.fit(x, {"a": z, "b": z})
+    one = OracleEraser.fit(x, {"a": z})
+    torch.testing.assert_close(one(x, z), OracleEraser.fit(x, z)(x, z))

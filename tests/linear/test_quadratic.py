@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from concept_erasure.collect import Representations
 from concept_erasure.eraser import Eraser
 from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.linear.groupby import groupby, invert_indices
@@ -19,7 +20,13 @@ from concept_erasure.linear.optimal_transport import (
     psd_sqrt,
     psd_sqrt_rsqrt,
 )
-from concept_erasure.linear.quadratic import QuadraticEditor, QuadraticEraser, QuadraticFitter
+from concept_erasure.linear.quadratic import (
+    QuadraticEditor,
+    QuadraticEraser,
+    QuadraticFitter,
+    Shrinkage,
+)
+from concept_erasure.sites import Space
 
 
 def covariances(n: int, d: int, seed: int = 0) -> Tensor:
@@ -222,11 +229,15 @@ def test_dtype_and_shape_are_kept() -> None:
 
 def test_bad_input_raises() -> None:
     x, z = classes(2)
-    with pytest.raises(NotFittedError, match=r"classes \[0\]"):
-        _ = QuadraticFitter.fit(x, torch.ones_like(z)).eraser
+    with pytest.raises(NotFittedError, match=r"classes \[0, 2\]"):
+        _ = QuadraticFitter(5, 3).update(x, torch.ones_like(z)).eraser
     eraser = QuadraticEraser.fit(x, z)
-    with pytest.raises(ValueError, match="out of range"):
+    with pytest.raises(ValueError, match=r"unknown labels \['2'\]"):
         eraser(x, z + 1)
+    with pytest.raises(ValueError, match="out of range"):
+        QuadraticFitter(5, 2).update(x, z + 1)
+    with pytest.raises(TypeError, match="fractions"):
+        QuadraticEraser.fit(x, x[:, 0])
     with pytest.raises(ShapeError, match="900 rows"):
         eraser(x, z[:-1])
     with pytest.raises(ShapeError, match="width 5"):
@@ -236,3 +247,66 @@ def test_bad_input_raises() -> None:
     x[0, 0] = float("inf")
     with pytest.raises(ValueError, match="infinite"):
         QuadraticEraser.fit(x, z)
+
+
+def test_class_ids_with_gaps() -> None:
+    x, z = classes(3)
+    odd = torch.tensor([2, 5, 8])[z]
+    eraser = QuadraticEraser.fit(x, odd)
+    assert eraser.classes == ("2", "5", "8")
+    want = QuadraticEraser.fit(x, z)
+    torch.testing.assert_close(eraser(x, odd), want(x, z))
+    torch.testing.assert_close(eraser.optimal_transport(5, x), want.optimal_transport(1, x))
+    editor = QuadraticFitter.fit(x, odd).editor()
+    torch.testing.assert_close(
+        editor.to(dtype=torch.float64)(x, odd, 8), QuadraticFitter.fit(x, z).editor()(x, z, 2)
+    )
+
+
+def test_string_labels_survive_saving(tmp_path: Path) -> None:
+    x, z = classes(3)
+    names = ["abc"[i] for i in z.tolist()]
+    eraser = QuadraticEraser.fit(x, names)
+    torch.testing.assert_close(eraser(x, names), QuadraticEraser.fit(x, z)(x, z))
+    loaded = Eraser.from_pretrained(eraser.save_pretrained(tmp_path / "e"))
+    assert isinstance(loaded, QuadraticEraser)
+    assert loaded.config == eraser.config
+    assert torch.equal(loaded(x, names), eraser(x, names))
+    torch.testing.assert_close(loaded.optimal_transport("b", x), eraser.optimal_transport("b", x))
+    with pytest.raises(ValueError, match=r"unknown labels \['d'\]"):
+        loaded(x[:1], ["d"])
+    assert loaded(x[:0], []).shape == (0, 5)
+
+
+def test_flags_and_numbers_are_the_same_labels() -> None:
+    x, z = classes(2)
+    flags = QuadraticEraser.fit(x, z == 1)
+    torch.testing.assert_close(flags(x, z), QuadraticEraser.fit(x, z)(x, z == 1))
+
+
+def test_strings_are_streamed_with_named_classes() -> None:
+    x, z = classes(3)
+    names = ["abc"[i] for i in z.tolist()]
+    fitter = QuadraticFitter(5, 3, classes="abc").update(x[:99], names[:99])
+    fitter.update(x[99:], names[99:])
+    torch.testing.assert_close(fitter.eraser(x, names), QuadraticEraser.fit(x, z)(x, z))
+
+
+@pytest.mark.parametrize("shrinkage", [True, "auto"])
+def test_few_rows_warn_with_the_residual(shrinkage: Shrinkage) -> None:
+    x, z = classes(2, n=30, d=20)
+    with pytest.warns(
+        ErasureWarning, match=r"still differ by [\d.e+-]+ .*samples for 20 dim"
+    ) as seen:
+        eraser = QuadraticEraser.fit(x, z, shrinkage=shrinkage)
+    assert len(seen) == 1
+    assert f"{cast('float', eraser.report['residual']):.2g}" in str(seen[0].message)
+
+
+def test_representations_give_labels_and_space() -> None:
+    x, z = classes(2)
+    space = Space("m", "f", "residual.1", "last", 5)
+    eraser = QuadraticEraser.fit(Representations(x, z, space))
+    assert eraser.space == space
+    shaped = QuadraticEraser.fit(x.view(30, 30, 5), ["ab"[i % 2] for i in range(30)])
+    assert shaped.classes == ("a", "b")

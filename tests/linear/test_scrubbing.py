@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from concept_erasure.errors import EditError, FormatError, ShapeError, SiteNotFoundError
+from concept_erasure.errors import (
+    EditError,
+    FormatError,
+    ShapeError,
+    SiteNotFoundError,
+    SpaceError,
+)
 from concept_erasure.linear.leace import LeaceEraser
 from concept_erasure.linear.scrubbing import ConceptScrubber, random_scrub
-from concept_erasure.sites import find_sites, hook
+from concept_erasure.sites import Space, find_sites, fingerprint, hook
 from concept_erasure.utils import assert_type, is_norm_layer, mangle_module_path
 from tests.models import TinyTokenizer, tiny
 
@@ -272,3 +278,103 @@ def test_utils() -> None:
     assert mangle_module_path("a.0.b") == "a-0-b"
     with pytest.raises(ValueError, match="reserve"):
         mangle_module_path("a-b")
+
+
+def test_no_erasers_is_an_error() -> None:
+    model, scrubber = tiny("llama"), ConceptScrubber()
+    with pytest.raises(EditError, match="holds no erasers"), scrubber.scrub(model):
+        pass
+    with pytest.raises(EditError, match="holds no erasers"):
+        scrubber.attach(model)
+    with (
+        pytest.raises(EditError, match="holds no erasers"),
+        scrubber.apply_hook(model, lambda k, x: None),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_erasers_carry_their_space(cached: bool, tmp_path: Path) -> None:
+    texts, labels = corpus(12)
+    model, sites = tiny("llama"), ["norm1.0", "model.layers.1.mlp"]
+    scrubber = ConceptScrubber.fit(
+        model, TinyTokenizer(), texts, labels, sites=sites, cached=cached
+    )
+    mark = fingerprint(model)
+    assert [e.space for e in scrubber.erasers.values()] == [
+        Space("LlamaForCausalLM", mark, name, "all", 32) for name in sites
+    ]
+    loaded = ConceptScrubber.from_pretrained(scrubber.save_pretrained(tmp_path / "s"))
+    clean = logits(model)
+    with scrubber.attach(model):
+        for copy in (scrubber, loaded):
+            with pytest.raises(EditError, match="in force on this model already"):
+                copy.attach(model)
+    with loaded.attach(model), scrubber.scrub(model):  # the weights are those before the edit
+        pass
+    with loaded.scrub(model.get_submodule("model")):  # without the head
+        pass
+    other = tiny("llama", seed=1)
+    with pytest.raises(SpaceError, match="Fit it again"), loaded.scrub(other):
+        pass
+    with pytest.raises(SpaceError, match="Fit it again"):
+        loaded.attach(other)
+    first = "layers-0-input_layernorm"
+    loaded.erasers["layers-2-input_layernorm"] = loaded.erasers[first]
+    with pytest.raises(SpaceError, match=r"fitted at 'norm1\.0'"):
+        loaded.attach(model)
+    loaded.erasers["layers-2-input_layernorm"] = loaded.erasers[first].with_space(None)
+    with loaded.attach(model):
+        assert not torch.equal(logits(model), clean)
+    assert torch.equal(logits(model), clean)
+    assert not any(m._forward_hooks for m in (*model.modules(), *other.modules()))
+
+
+def test_an_eraser_of_another_width_is_refused() -> None:
+    model, scrubber = tiny("llama"), ConceptScrubber()
+    x = torch.randn(100, 16, generator=torch.Generator().manual_seed(0))
+    scrubber.erasers["norm1.0"] = LeaceEraser.fit(x, x[:, 0] > 0)
+    for use in (scrubber.attach, lambda m: scrubber.scrub(m).__enter__()):
+        with pytest.raises(SpaceError, match="width 32; the eraser 'norm1.0' has width 16"):
+            use(model)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_padding_side_does_not_matter(kind: str, cached: bool) -> None:
+    """With learned positions, padding on the left would move every token."""
+    texts, labels = corpus(12)
+    model, left = tiny(kind), TinyTokenizer("left")
+    one = ConceptScrubber.fit(model, left, texts, labels, cached=cached)
+    two = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, cached=cached)
+    assert left.padding_side == "left"
+    for key, eraser in one.erasers.items():
+        assert torch.equal(eraser.map.matrix, two.erasers[key].map.matrix)
+
+
+def test_texts_are_read_as_by_collect() -> None:
+    model, tokenizer = tiny("gpt2"), TinyTokenizer()
+    labels = [0, 1, 0]
+
+    def fit(texts: object, **options: int) -> ConceptScrubber:
+        return ConceptScrubber.fit(
+            model,
+            tokenizer,
+            texts,  # type: ignore[arg-type]
+            labels,
+            sites="norm1.0",
+            batch_size=2,
+            **options,  # type: ignore[arg-type]
+        )
+
+    with pytest.raises(ValueError, match="text 2 has no tokens"):
+        fit(["a", "b c", ""])
+    with pytest.raises(ShapeError, match="text 2 has 65 tokens.*max_length=64"):
+        fit(["a", "b c", "d " * 65])
+    assert fit(["a", "b c", "d " * 65], max_length=64).erasers
+    with pytest.raises(TypeError, match="text 1 is NoneType"):
+        fit(["a", None, "b"])
+    with pytest.raises(TypeError, match="one string"):
+        fit("abc")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -153,3 +153,38 @@ def test_bad_input_raises() -> None:
 def test_factors_of_zero_angle_are_reported() -> None:
     sigma = torch.eye(3, dtype=torch.float64)
     assert splince_factors(sigma, sigma[:, :1], sigma[:, :1])[2] < 1e-6
+
+
+def test_bad_task_labels_are_called_y() -> None:
+    x, z, y = problem()
+    spoiled = y.double()
+    spoiled[41] = float("nan")
+    with pytest.raises(ValueError, match="y has 1 rows that are not finite; the first is row 41"):
+        SplinceEraser.fit(x, z, spoiled)
+    with pytest.raises(ShapeError, match="x has 800 rows and y has 799 labels"):
+        SplinceEraser.fit(x, z, ["a"] * 799)
+    with pytest.raises(ValueError, match=r"y: labels mix strings and other values: row 1"):
+        SplinceEraser.fit(x, z, ["a", None] * 400)
+    with pytest.raises(ValueError, match="y has no columns"):
+        SplinceEraser.fit(x, z, torch.zeros(800, 0))
+
+
+def test_string_labels_of_concept_and_task() -> None:
+    x, z, y = problem()
+    names, tasks = [f"c{i}" for i in z.tolist()], ["no" if i else "yes" for i in y.tolist()]
+    ours = SplinceEraser.fit(x, names, tasks)
+    torch.testing.assert_close(ours.P, SplinceEraser.fit(x, z, y).P)
+    shaped = SplinceEraser.fit(x.view(20, 40, 10), ["ab"[i % 2] for i in range(20)], y)
+    assert shaped.report["rank"] == 1
+
+
+def test_report_holds_what_is_left_on_unseen_rows() -> None:
+    x, z, y = problem(4000)
+    report = SplinceEraser.fit(x[:400], z[:400], y[:400]).report
+    low, high = cast("list[float]", report["held_out_gap_interval"])
+    assert 0 < cast("float", report["held_out_gap"]) < 0.5
+    assert low <= cast("float", report["held_out_gap"]) <= high
+    assert 0 <= cast("float", report["held_out_task_change"]) < 0.5
+    more = SplinceEraser.fit(x, z, y).report
+    assert cast("float", more["held_out_gap"]) < cast("float", report["held_out_gap"])
+    assert "held_out_gap" not in SplinceEraser.fit(x[:15], z[:15], y[:15], min_angle=1e-3).report

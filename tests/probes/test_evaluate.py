@@ -22,14 +22,14 @@ from concept_erasure.probes import (
     evaluate,
     wilson_interval,
 )
-from concept_erasure.probes.evaluate import _auc, _folds
+from concept_erasure.probes.evaluate import _auc, _folds, _permuted
 from tests.probes.test_linear import data
 
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_metrics_agree_with_sklearn(k: int) -> None:
     x, z = data(200, 5, k)
-    result = evaluate(x[:120], z[:120], x[120:], z[120:], probe="linear")
+    result = evaluate(x[:120], z[:120], x[120:], z[120:], probe=LinearProbe(standardize=None))
     oracle = LogisticRegression(tol=1e-10, max_iter=5000).fit(x[:120].numpy(), z[:120].numpy())
     truth, test = z[120:].numpy(), x[120:].numpy()
     proba = oracle.predict_proba(test)
@@ -131,3 +131,132 @@ def test_bad_input() -> None:
         evaluate(x, z, x, z[:19], probe=LinearProbe())
     with pytest.raises(ValueError, match="NaN"):
         control(x * float("nan"), z)
+
+
+def tokens(
+    texts: int = 30, each: int = 20, seed: int = 0
+) -> tuple[torch.Tensor, list[str], list[str]]:
+    """Return tokens that name their text, and labels of the texts that nothing else tells."""
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.arange(texts).repeat_interleave(each)
+    x = 3 * torch.randn(texts, 40, generator=generator)[group]
+    x = x + torch.randn(len(group), 40, generator=generator)
+    labels = torch.randint(0, 2, (texts,), generator=generator)
+    return (
+        x,
+        [["no", "yes"][i] for i in labels[group].tolist()],
+        [f"t{i}" for i in group.tolist()],
+    )
+
+
+def test_tokens_of_a_text_stay_on_one_side() -> None:
+    x, z, groups = tokens()
+    leaky, honest = cross_validate(x, z), cross_validate(x, z, groups=groups)
+    assert leaky.accuracy > 0.95
+    assert honest.low <= honest.majority
+    assert (honest.n, honest.groups, leaky.groups) == (600, 30, None)
+    assert honest.high - honest.low > 2.5 * (leaky.high - leaky.low)
+    assert "600 in 30 groups" in str(honest)
+    mlp = cross_validate(x, z, groups=groups, probe=MlpProbe(max_epochs=10), folds=3)
+    assert mlp.low <= mlp.majority
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=8, max_size=25),
+    folds=st.integers(2, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_group_folds(sizes: list[int], folds: int, seed: int) -> None:
+    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    index = group % 2
+    part = _folds(index.repeat(2), (0, 1), folds, seed, group.repeat(2))
+    assert set(part.tolist()) == set(range(folds))
+    for g in range(len(sizes)):
+        assert len(set(part[group.repeat(2) == g].tolist())) == 1
+    for c in (0, 1):
+        assert len(set(part[index.repeat(2) == c].tolist())) > 1
+
+
+def test_groups_that_cannot_be_split() -> None:
+    x, z = data(20, 3, 2)
+    with pytest.raises(ValueError, match="5 folds need as many groups, got 2"):
+        cross_validate(x, z, groups=[i % 2 for i in range(20)])
+    with pytest.raises(ValueError, match="'b' is in 1 groups"):
+        cross_validate(x, ["a"] * 16 + ["b"] * 4, groups=[i // 4 for i in range(20)], folds=3)
+    with pytest.raises(ShapeError, match="groups must have one"):
+        cross_validate(x, z, groups=[1, 2])
+
+
+def test_a_group_on_both_sides_is_refused() -> None:
+    x, z, groups = tokens()
+    with pytest.raises(ValueError, match="1 groups are in the training and in the test set.*'t15'"):
+        evaluate(x[:310], z[:310], x[310:], z[310:], groups=(groups[:310], groups[310:]))
+    split = (groups[:300], groups[300:])
+    grouped = evaluate(x[:300], z[:300], x[300:], z[300:], groups=split)
+    alone = evaluate(x[:300], z[:300], x[300:], z[300:])
+    assert grouped.accuracy == alone.accuracy
+    assert grouped.groups == 15
+    assert grouped.high - grouped.low > alone.high - alone.low
+
+
+def test_interval_of_the_log_loss() -> None:
+    x, z = data(400, 5, 2)
+    probe = LinearProbe(standardize=None)
+    result = evaluate(x[:200], z[:200], x[200:], z[200:], probe=probe)
+    fitted = probe.fit(x[:200], z[:200])
+    losses = [fitted.log_loss(x[i : i + 1], z[i : i + 1]) for i in range(200, 400)]
+    half = 1.96 * np.std(losses, ddof=1) / np.sqrt(200)
+    assert result.log_loss_low == pytest.approx(np.mean(losses) - half, abs=1e-5)
+    assert result.log_loss_high == pytest.approx(np.mean(losses) + half, abs=1e-5)
+    assert evaluate(x[:200], z[:200], x[200:], z[200:], probe="svm").log_loss_low is None
+    assert evaluate(x[:200], z[:200], x[200:201], z[200:201]).log_loss_low is None
+
+
+def test_a_group_of_its_own_for_each_vector_changes_little() -> None:
+    x, z = data(200, 5, 2)
+    alone = evaluate(x[:100], z[:100], x[100:], z[100:])
+    split = evaluate(
+        x[:100], z[:100], x[100:], z[100:], groups=(list(range(100)), list(range(100, 200)))
+    )
+    assert split.low == pytest.approx(alone.low, abs=0.01)
+    assert split.log_loss_low == pytest.approx(alone.log_loss_low)
+
+
+def test_probes_compare_erasers_at_one_scale() -> None:
+    x, z = data(300, 5, 2)
+    small, large = (cross_validate(x * s, z) for s in (1e-3, 1e3))
+    assert small.log_loss == pytest.approx(large.log_loss, abs=1e-8)
+    assert small.accuracy == large.accuracy
+
+
+def test_permutations_show_their_spread() -> None:
+    x, z = data(120, 4, 2)
+    shuffled = control(x, z, n_permutations=9)
+    assert len(shuffled.runs) == 9
+    low, high = shuffled.accuracy_range
+    assert low < shuffled.accuracy < high
+    assert shuffled.log_loss_range is not None
+    assert shuffled.log_loss_range[0] < shuffled.log_loss_range[1]
+    assert shuffled.runs[0] == control(x, z).runs[0]
+    assert shuffled.p_value(cross_validate(x, z)) == pytest.approx(0.1)
+    assert shuffled.p_value(shuffled.runs[0]) > 0.1
+    assert json.loads(json.dumps(shuffled.to_dict()))["accuracy"] == shuffled.accuracy
+    assert "9 permutations" in str(shuffled)
+    assert control(x, z, probe="svm").log_loss_range is None
+    with pytest.raises(ValueError, match="n_permutations"):
+        control(x, z, n_permutations=0)
+
+
+def test_labels_of_groups_are_permuted_between_groups() -> None:
+    index, group = torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([0, 0, 1, 1, 2, 3])
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(20):
+        permuted = _permuted(index, group, generator)
+        assert permuted[0] == permuted[1]
+        assert permuted[2] == permuted[3]
+        seen.add(tuple(permuted.tolist()))
+    assert len(seen) > 2
+    x, z, groups = tokens()
+    assert not control(x, z, groups=groups, n_permutations=2).beats_majority

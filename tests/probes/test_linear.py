@@ -7,10 +7,13 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from concept_erasure.errors import ConceptErasureError, ErasureWarning, ShapeError
 from concept_erasure.probes import LinearProbe
+from concept_erasure.probes._solve import Standardize
 
 
 def data(n: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -24,7 +27,7 @@ def data(n: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("n", "d", "k"), [(300, 6, 2), (300, 6, 4), (40, 60, 2), (60, 90, 3)])
 def test_agrees_with_sklearn(n: int, d: int, k: int, penalty: float) -> None:
     x, z = data(n, d, k)
-    ours = LinearProbe(C=penalty).fit(x, z)
+    ours = LinearProbe(C=penalty, standardize=None).fit(x, z)
     theirs = LogisticRegression(C=penalty, tol=1e-10, max_iter=20000).fit(x.numpy(), z.numpy())
     np.testing.assert_allclose(ours.coef.numpy(), theirs.coef_, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(ours.intercept.numpy(), theirs.intercept_, atol=1e-4, rtol=1e-4)
@@ -37,7 +40,7 @@ def test_agrees_with_sklearn(n: int, d: int, k: int, penalty: float) -> None:
 def test_badly_scaled_and_shifted_columns() -> None:
     x, z = data(400, 5, 2)
     scale = torch.tensor([1e-3, 1.0, 1e3, 1.0, 30.0], dtype=torch.float64)
-    ours = LinearProbe(C=10.0).fit(x * scale + 1e4, z)
+    ours = LinearProbe(C=10.0, standardize=None).fit(x * scale + 1e4, z)
     theirs = LogisticRegression(C=10.0, tol=1e-12, max_iter=20000, solver="newton-cholesky")
     theirs.fit((x * scale).numpy(), z.numpy())
     np.testing.assert_allclose(ours.coef.numpy(), theirs.coef_, atol=1e-4, rtol=1e-4)
@@ -46,7 +49,7 @@ def test_badly_scaled_and_shifted_columns() -> None:
 
 def test_the_gradient_is_zero_at_the_solution() -> None:
     x, z = data(200, 8, 3)
-    fitted = LinearProbe(C=3.0).fit(x, z)
+    fitted = LinearProbe(C=3.0, standardize=None).fit(x, z)
     coef = fitted.coef.clone().requires_grad_()
     intercept = fitted.intercept.clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(x @ coef.T + intercept, z)
@@ -148,7 +151,8 @@ def test_bad_input_to_a_fitted_probe() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"C": 0.0}, {"C": float("inf")}, {"tol": 0.0}, {"max_iter": 0}]
+    "options",
+    [{"C": 0.0}, {"C": float("inf")}, {"tol": 0.0}, {"max_iter": 0}, {"standardize": "rows"}],
 )
 def test_bad_configuration(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -166,3 +170,47 @@ def test_separable_data_with_a_weak_penalty_converges() -> None:
     fitted = LinearProbe(C=1e5).fit(x, x[:, 0] > 0)
     assert fitted.gradient <= 1e-8
     assert fitted.accuracy(x, x[:, 0] > 0) == 1
+
+
+@pytest.mark.parametrize("standardize", ["global", "feature"])
+@pytest.mark.parametrize("scale", [1e-200, 1e-20, 1e-3, 1e3, 1e20, 1e200])
+def test_units_of_x_do_not_matter(scale: float, standardize: Standardize) -> None:
+    x, z = data(300, 5, 2)
+    x = x + 2
+    want = LinearProbe(standardize=standardize).fit(x, z)
+    ours = LinearProbe(standardize=standardize).fit(x * scale, z)
+    assert ours.log_loss(x * scale, z) == pytest.approx(want.log_loss(x, z), abs=1e-9)
+    torch.testing.assert_close(ours.predict_proba(x * scale), want.predict_proba(x))
+
+
+def test_tiny_vectors_are_read_as_well_as_large_ones() -> None:
+    x, z = data(400, 4, 2)
+    fitted = LinearProbe().fit(x * 1e-3, z)
+    assert fitted.log_loss(x * 1e-3, z) < 0.5
+    assert LinearProbe(standardize=None).fit(x * 1e-3, z).log_loss(x * 1e-3, z) > 0.65
+
+
+def test_global_units_are_one_number() -> None:
+    x, z = data(300, 4, 2)
+    x = x * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    size = float(x.var(dim=0, correction=0).mean().sqrt())
+    want = LinearProbe(standardize=None).fit(x / size, z)
+    torch.testing.assert_close(LinearProbe().fit(x, z).coef * size, want.coef)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_feature_units_agree_with_sklearn(k: int) -> None:
+    x, z = data(300, 5, k)
+    x = x * torch.tensor([1e-3, 1.0, 1e3, 1.0, 30.0]) + 1
+    ours = LinearProbe(standardize="feature").fit(x, z)
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-10, max_iter=5000))
+    theirs.fit(x.numpy(), z.numpy())
+    np.testing.assert_allclose(ours.predict_proba(x), theirs.predict_proba(x.numpy()), atol=1e-4)
+
+
+def test_a_constant_feature_stays_harmless() -> None:
+    x, z = data(100, 3, 2)
+    wide = torch.cat([x, torch.full((100, 1), 1e4, dtype=x.dtype)], 1)
+    fitted = LinearProbe(standardize="feature").fit(wide, z)
+    want = LinearProbe(standardize="feature").fit(x, z)
+    torch.testing.assert_close(fitted.predict_proba(wide), want.predict_proba(x))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from concept_erasure.probes import LinearProbe, MlpProbe
+from concept_erasure.probes.mlp import _split
 
 
 def xor(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,3 +83,31 @@ def test_bad_input() -> None:
         MlpProbe().fit(torch.eye(3), [0, 1, 2])
     with pytest.raises(ValueError, match="NaN"):
         MlpProbe().fit(torch.full((4, 2), float("nan")), [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e20])
+def test_units_of_x_do_not_matter(scale: float) -> None:
+    x, z = xor(200)
+    x = x.double()
+    fitted = MlpProbe(max_epochs=20).fit(x * scale, z)
+    want = MlpProbe(max_epochs=20).fit(x, z).predict_proba(x)
+    torch.testing.assert_close(fitted.predict_proba(x * scale), want, atol=1e-3, rtol=1e-3)
+
+
+def test_rounding_noise_is_not_blown_up() -> None:
+    x, z = xor(200)
+    noise = 1e-17 * torch.where(z, 1.0, -1.0).double()
+    fitted = MlpProbe(max_epochs=20).fit(torch.stack([noise, x[:, 0].double()], 1), z)
+    assert float(fitted.scale[0]) > 1
+
+
+def test_early_stopping_keeps_groups_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    index, groups = torch.arange(60) % 2, torch.arange(60) // 4
+    train, held_out = _split(index, 0.2, generator, groups)
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(60))
+    assert not set(groups[train].tolist()) & set(groups[held_out].tolist())
+    assert 12 <= len(held_out) <= 16
+    assert set(index[train].tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="group to hold out"):
+        MlpProbe().fit(torch.eye(4), [0, 0, 1, 1], groups=["a", "a", "b", "b"])

@@ -16,7 +16,7 @@ from tests.probes.test_linear import data
 @pytest.mark.parametrize(("n", "d", "k"), [(300, 6, 2), (200, 6, 4), (40, 60, 2)])
 def test_close_to_sklearn(n: int, d: int, k: int, penalty: float) -> None:
     x, z = data(n, d, k)
-    ours = SvmProbe(C=penalty).fit(x, z)
+    ours = SvmProbe(C=penalty, standardize=None).fit(x, z)
     # A large scaling makes LIBLINEAR's penalty of the intercept negligible.
     theirs = LinearSVC(
         C=penalty,
@@ -54,3 +54,11 @@ def test_bad_input_and_too_few_steps() -> None:
         SvmProbe(C=-1)
     with pytest.warns(ErasureWarning, match="svm"):
         SvmProbe(max_iter=1).fit(x, z)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e20])
+def test_units_of_x_do_not_matter(scale: float) -> None:
+    x, z = data(200, 5, 3)
+    here, there = SvmProbe().fit(x, z), SvmProbe().fit(x * scale, z)
+    torch.testing.assert_close(there.decision(x * scale), here.decision(x), atol=1e-6, rtol=1e-6)
+    assert SvmProbe(standardize=None).fit(x * 1e-3, z).decision(x * 1e-3).std() < 0.5

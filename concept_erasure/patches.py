@@ -1,0 +1,418 @@
+"""The single reversible changes an `Edit` is made of.
+
+Adding to a floating weight cannot be taken back exactly by subtracting, so a patch keeps the bits it
+overwrote: all of the parameter (`DensePatch`, `LowRankPatch`) or the columns it touched (`ColumnPatch`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from concept_erasure.errors import EditError, ShapeError
+from concept_erasure.linalg import statistics_dtype
+from concept_erasure.sites import Site, hook
+
+__all__ = [
+    "BiasPatch",
+    "ColumnPatch",
+    "DensePatch",
+    "HookPatch",
+    "LowRankPatch",
+    "Patch",
+    "check_writable",
+]
+
+
+class Patch(Protocol):
+    """One reversible change. ``apply`` leaves the model as it was if it raises."""
+
+    @property
+    def target(self) -> str:
+        """Name of what is changed."""
+        ...
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the parameters that `undo` overwrites; hooks have none."""
+        ...
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
+        ...
+
+    def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
+        ...
+
+    def before(self, value: Tensor | None) -> Tensor | None:
+        """Return what a target with this value was before the patch; None if it was not there."""
+        ...
+
+    def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
+        ...
+
+    def commit(self) -> None:
+        """Drop what is kept for the way back."""
+        ...
+
+
+def check_writable(model: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter that can be changed in place.
+
+    Raises:
+        EditError: If it is missing, tied to another, quantised, sharded or off-loaded; the message names it.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if name not in named:
+        raise EditError(f"the model has no parameter {name!r}")
+    parameter = named[name]
+    ties = [other for other, p in named.items() if p is parameter and other != name]
+    if ties:
+        raise EditError(
+            f"{name!r} is tied to {ties[0]!r}: changing it changes both; untie them or use attach()"
+        )
+    kind = type(parameter).__name__
+    if not parameter.is_floating_point() or kind in {"Params4bit", "Int8Params"}:
+        raise EditError(
+            f"{name!r} is quantised ({kind}, {parameter.dtype}); use attach() or load it in bf16"
+        )
+    if parameter.is_meta:
+        raise EditError(f"{name!r} is off-loaded (meta device); load it or use attach()")
+    if hasattr(parameter, "device_mesh") or type(parameter.data).__name__ == "DTensor":
+        raise EditError(f"{name!r} is sharded; gather it first or use attach()")
+    if parameter.numel() == 0:
+        raise EditError(
+            f"{name!r} is empty here (sharded by FSDP?); gather it first or use attach()"
+        )
+    return parameter
+
+
+def _bytes(kept: Tensor | None) -> int:
+    return 0 if kept is None else kept.numel() * kept.element_size()
+
+
+def _norm(change: Tensor) -> float:
+    dtype = statistics_dtype(change.device)
+    return float(torch.linalg.vector_norm(change.detach(), dtype=dtype))
+
+
+@dataclass
+class DensePatch:
+    """Replace a parameter by ``value`` (same shape); keeps the original.
+
+    Attributes:
+        target: Name of the parameter.
+        value: The new value, or a function of the model that gives it. A function is called when the patch is
+            applied, so that it sees what earlier patches did and only one wide copy lives at a time.
+    """
+
+    target: str
+    value: Tensor | Callable[[nn.Module], Tensor] | None
+    _original: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the parameters that `undo` overwrites."""
+        return (self.target,)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
+        return _bytes(self._original)
+
+    def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
+        parameter = check_writable(model, self.target)
+        if self.value is None:
+            raise EditError(f"the patch on {self.target!r} was applied before; make a new one")
+        value = self.value if isinstance(self.value, Tensor) else self.value(model)
+        if value.shape != parameter.shape:
+            raise ShapeError(
+                f"{self.target!r} has shape {tuple(parameter.shape)}; the patch {tuple(value.shape)}"
+            )
+        cast = value.to(parameter.device, parameter.dtype)
+        del value
+        if not bool(torch.isfinite(cast).all()):
+            raise EditError(f"the new value of {self.target!r} is not finite in {parameter.dtype}")
+        self._original = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.copy_(cast)
+        self.value = None
+        return _norm(cast - self._original)
+
+    def before(self, value: Tensor | None) -> Tensor | None:
+        """Return the original."""
+        return self._original
+
+    def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
+        if self._original is not None:
+            with torch.no_grad():
+                model.get_parameter(self.target).copy_(self._original)
+
+    def commit(self) -> None:
+        """Drop what is kept for the way back."""
+        self._original = None
+
+
+@dataclass
+class LowRankPatch:
+    """Add ``left right^T`` to a 2-D parameter.
+
+    The factors are small, what is kept is not: subtracting them again would leave rounding behind, and `undo`
+    promises every bit, so the original is kept as in `DensePatch`.
+
+    Attributes:
+        target: Name of the parameter, shape ``(m, n)``.
+        left: Shape ``(m, k)``.
+        right: Shape ``(n, k)``.
+    """
+
+    target: str
+    left: Tensor
+    right: Tensor
+    _dense: DensePatch | None = field(default=None, repr=False)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the parameters that `undo` overwrites."""
+        return (self.target,)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
+        return 0 if self._dense is None else self._dense.bytes_held
+
+    def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
+        parameter = check_writable(model, self.target)
+        shape = (len(self.left), len(self.right))
+        if shape != parameter.shape:
+            raise ShapeError(
+                f"{self.target!r} has shape {tuple(parameter.shape)}; the patch {shape}"
+            )
+        dtype = statistics_dtype(parameter.device)
+        left, right = (f.to(parameter.device, dtype) for f in (self.left, self.right))
+        self._dense = DensePatch(
+            self.target, torch.addmm(parameter.detach().to(dtype), left, right.T)
+        )
+        return self._dense.apply(model)
+
+    def before(self, value: Tensor | None) -> Tensor | None:
+        """Return the original."""
+        return value if self._dense is None else self._dense.before(value)
+
+    def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
+        if self._dense is not None:
+            self._dense.undo(model)
+
+    def commit(self) -> None:
+        """Drop what is kept for the way back."""
+        self._dense = None
+
+
+@dataclass
+class ColumnPatch:
+    """Replace some columns of a 2-D parameter; keeps the originals of only those."""
+
+    target: str
+    columns: Tensor
+    values: Tensor
+    _original: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the parameters that `undo` overwrites."""
+        return (self.target,)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
+        return _bytes(self._original)
+
+    def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
+        parameter = check_writable(model, self.target)
+        columns = self.columns.to(parameter.device)
+        if self.values.shape != (parameter.shape[0], len(columns)):
+            raise ShapeError(
+                f"{len(columns)} columns of {self.target!r} are {(parameter.shape[0], len(columns))}; "
+                f"the patch is {tuple(self.values.shape)}"
+            )
+        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < parameter.shape[1]:
+            raise EditError(f"columns of {self.target!r} must be 0..{parameter.shape[1] - 1}")
+        cast = self.values.to(parameter.device, parameter.dtype)
+        if not bool(torch.isfinite(cast).all()):
+            raise EditError(
+                f"the new columns of {self.target!r} are not finite in {parameter.dtype}"
+            )
+        self._original = parameter.detach()[:, columns].clone()
+        with torch.no_grad():
+            parameter[:, columns] = cast
+        return _norm(cast - self._original)
+
+    def before(self, value: Tensor | None) -> Tensor | None:
+        """Return a copy with the columns put back."""
+        if value is None or self._original is None:
+            return value
+        whole = value.clone()
+        whole[:, self.columns.to(whole.device)] = self._original.to(whole.device)
+        return whole
+
+    def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
+        if self._original is not None:
+            parameter = model.get_parameter(self.target)
+            with torch.no_grad():
+                parameter[:, self.columns.to(parameter.device)] = self._original.to(
+                    parameter.device
+                )
+
+    def commit(self) -> None:
+        """Drop what is kept for the way back."""
+        self._original = None
+
+
+@dataclass
+class BiasPatch:
+    """Give linear modules that have no bias one.
+
+    A bias the architecture does not have is lost when the model is saved and loaded again. Some
+    architectures have a switch in their configuration that creates it: then ``settings`` turns it on and
+    ``values`` covers every module that the switch covers, so that the saved model holds what it needs.
+
+    Attributes:
+        values: The bias of each module path, shape ``(out,)``; None is zeros.
+        settings: Attributes of ``model.config`` to set (dotted for nested ones).
+    """
+
+    values: Mapping[str, Tensor | None]
+    settings: Mapping[str, object] = field(default_factory=dict)
+    _settings_before: dict[str, object] = field(default_factory=dict, repr=False)
+
+    @property
+    def target(self) -> str:
+        """Name of what is changed."""
+        first, more = next(iter(self.values), "nothing"), len(self.values) - 1
+        names = f"{first}.bias" + (f" and {more} more" if more > 0 else "")
+        if self.settings:
+            return f"{names} (config: {', '.join(self.settings)})"
+        return f"{names} (in memory only)"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the parameters that `undo` removes."""
+        return tuple(f"{path}.bias" for path in self.values)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
+        return 0
+
+    def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
+        made: dict[nn.Linear, Tensor] = {}
+        for path, value in self.values.items():
+            module = model.get_submodule(path)
+            if not isinstance(module, nn.Linear) or module.bias is not None:
+                raise EditError(f"{path!r} cannot be given a bias; use attach()")
+            weight = check_writable(model, f"{path}.weight")
+            bias = weight.new_zeros(module.out_features) if value is None else value
+            if bias.shape != (module.out_features,):
+                raise ShapeError(
+                    f"the bias of {path!r} is ({module.out_features},); got {tuple(bias.shape)}"
+                )
+            made[module] = bias.detach().to(weight.device, weight.dtype)
+            if not bool(torch.isfinite(made[module]).all()):
+                raise EditError(f"the new bias of {path!r} is not finite in {weight.dtype}")
+        for name in self.settings:
+            holder, leaf = _setting(model, name)
+            self._settings_before[name] = getattr(holder, leaf)
+        for module, bias in made.items():
+            module.bias = nn.Parameter(bias.clone(), requires_grad=module.weight.requires_grad)
+            # remembered by the parameter, so that a later fold does not rely on it being saved
+            module.bias.in_memory_only = not self.settings  # type: ignore[attr-defined]
+        for name, setting in self.settings.items():
+            holder, leaf = _setting(model, name)
+            setattr(holder, leaf, setting)
+        return math.hypot(*(_norm(bias) for bias in made.values()))
+
+    def before(self, value: Tensor | None) -> Tensor | None:
+        """Return None: there was no bias."""
+        return None
+
+    def undo(self, model: nn.Module) -> None:
+        """Take the biases away and put the configuration back."""
+        for path in self.values:
+            model.get_submodule(path).register_parameter("bias", None)
+        for name, setting in self._settings_before.items():
+            holder, leaf = _setting(model, name)
+            setattr(holder, leaf, setting)
+        self._settings_before = {}
+
+    def commit(self) -> None:
+        """Nothing is held."""
+
+
+def _setting(model: nn.Module, name: str) -> tuple[object, str]:
+    """Return the part of the configuration that holds a dotted attribute, and its last name."""
+    *path, leaf = name.split(".")
+    holder: object = model.config
+    for part in path:
+        holder = getattr(holder, part)
+    return holder, leaf
+
+
+@dataclass
+class HookPatch:
+    """Change the activation at a site on every forward pass."""
+
+    site: Site
+    function: Callable[[Tensor], Tensor | None]
+    _handle: RemovableHandle | None = field(default=None, repr=False)
+
+    @property
+    def target(self) -> str:
+        """Name of what is changed."""
+        return self.site.name
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """No parameter is touched."""
+        return ()
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes kept for the way back."""
+        return 0
+
+    def apply(self, model: nn.Module) -> float:
+        """Change the model and return the norm of the change."""
+        self._handle = hook(model, self.site, self.function)
+        return 0.0
+
+    def before(self, value: Tensor | None) -> Tensor | None:
+        """Return the value: no parameter is touched."""
+        return value
+
+    def undo(self, model: nn.Module) -> None:
+        """Restore every bit."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def commit(self) -> None:
+        """Drop what is kept for the way back."""
+        raise EditError(
+            "an attached eraser is a hook and cannot be committed; keep it, undo it, or use apply()"
+        )
