@@ -176,7 +176,13 @@ def _embed(
     with bars.bar("embedding", sum(map(len, parts.values()))) as tick:
         for name, texts in parts.items():
             found[name] = collect(
-                model, tokenizer, texts, sites=site, tokens="mean", batch_size=batch_size
+                model,
+                tokenizer,
+                texts,
+                sites=site,
+                tokens="mean",
+                batch_size=batch_size,
+                progress=False,
             )
             tick(len(texts))
     return found
