@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +14,14 @@ from torch import Tensor
 
 from concept_erasure.collect import Representations
 from concept_erasure.errors import ShapeError
-from concept_erasure.labels import LabelKind, Labels, as_tensor, encode_concepts, encode_labels
+from concept_erasure.labels import (
+    Classes,
+    LabelKind,
+    Labels,
+    as_tensor,
+    encode_concepts,
+    encode_labels,
+)
 from concept_erasure.linalg import statistics_dtype
 from concept_erasure.sites import Space
 
@@ -24,7 +32,7 @@ def read_data(
     x: object,
     z: object,
     z_kind: LabelKind = "auto",
-    classes: Sequence[object] | None = None,
+    classes: Classes | None = None,
 ) -> tuple[Tensor, Labels, Space | None]:
     """Return x, encoded labels (one a row of the flattened x) and the space.
 
@@ -89,7 +97,7 @@ def read_labels(
     z: object,
     data: Tensor,
     kind: LabelKind = "auto",
-    classes: Sequence[object] | None = None,
+    classes: Classes | None = None,
     *,
     name: str = "z",
 ) -> Labels:
@@ -122,7 +130,7 @@ def read_labels(
         raise ValueError(
             f"{name} has no columns: its shape is {tuple(labels.values.shape)}; give at least one"
         )
-    return Labels(labels.values.to(data.device), labels.names)
+    return replace(labels, values=labels.values.to(data.device))
 
 
 def labels_per_row(z: object, lead: torch.Size) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from concept_erasure.errors import ErasureWarning, ShapeError
 
-__all__ = ["LabelKind", "Labels", "as_tensor", "encode_concepts", "encode_labels"]
+__all__ = ["Classes", "LabelKind", "Labels", "as_tensor", "encode_concepts", "encode_labels"]
 
 LabelKind = Literal["auto", "classes", "continuous"]
+Classes = Sequence[object] | Mapping[str, Sequence[object]]
 MAX_CLASS_LIKE = 20  # floats with at most this many distinct whole values look like class ids
 
 
@@ -22,11 +23,20 @@ MAX_CLASS_LIKE = 20  # floats with at most this many distinct whole values look 
 class Labels:
     """Concept labels: class indices ``(n,)`` int64, or real columns ``(n, c)`` float64.
 
-    ``names`` holds the class names in index order (empty for real columns).
+    Attributes:
+        values: The numbers.
+        names: Class names in index order; empty for real columns and for several concepts.
+        concepts: For several concepts, the class names of each (empty for real columns).
     """
 
     values: Tensor
     names: tuple[str, ...] = ()
+    concepts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> tuple[str, ...] | Mapping[str, tuple[str, ...]] | None:
+        """What to pass as ``classes=`` so that other rows are encoded alike."""
+        return self.names or self.concepts or None
 
     @property
     def width(self) -> int:
@@ -100,30 +110,48 @@ def encode_concepts(
     *,
     n: int | None = None,
     kind: LabelKind = "auto",
-    classes: Sequence[object] | None = None,
+    classes: Classes | None = None,
 ) -> Labels:
     """Encode one concept, or several given as a mapping or a table with several columns.
 
     Several concepts become one block of columns (classes one-hot), to be erased jointly. Other arguments and
     errors are those of `encode_labels`.
+
+    Args:
+        z: Labels, a mapping of labels, or a table with one concept a column.
+        n: Number of rows expected.
+        kind: How to read one-dimensional labels.
+        classes: Class values of the concept; a mapping of them for several.
     """
-    columns: dict[str, object]
-    if isinstance(z, Mapping):
-        columns = {str(name): value for name, value in z.items()}
-    elif hasattr(z, "columns") and hasattr(z, "items"):
-        columns = {str(name): value for name, value in cast("Any", z).items()}
-    else:
-        return encode_labels(z, n=n, kind=kind, classes=classes)
-    if not columns:
-        raise ValueError("z holds no concept")
-    parts = [encode_labels(value, n=n, kind=kind) for value in columns.values()]
-    if len(parts) == 1:
-        return parts[0]
+    columns = _columns(z)
+    if columns is None or len(columns) == 1:
+        if isinstance(classes, Mapping):
+            raise ValueError(f"z must be a mapping or table with the concepts {sorted(classes)}")
+        one = z if columns is None else next(iter(columns.values()))
+        return encode_labels(one, n=n, kind=kind, classes=classes)
+    known = classes or dict.fromkeys(columns, ())
+    if not isinstance(known, Mapping) or set(known) != set(columns):
+        wanted = sorted(known) if isinstance(known, Mapping) else "one concept"
+        raise ValueError(f"z holds the concepts {sorted(columns)}; wanted {wanted}")
+    parts = {
+        name: encode_labels(columns[name], n=n, kind=kind, classes=known[name] or None)
+        for name in known
+    }
     blocks = [
         torch.nn.functional.one_hot(p.values, p.width).double() if p.values.ndim == 1 else p.values
-        for p in parts
+        for p in parts.values()
     ]
-    return Labels(torch.cat(blocks, 1))
+    return Labels(torch.cat(blocks, 1), concepts={name: p.names for name, p in parts.items()})
+
+
+def _columns(z: object) -> dict[str, object] | None:
+    """Return the concepts of a mapping or table by name; None for plain labels."""
+    if not isinstance(z, Mapping) and not (hasattr(z, "columns") and hasattr(z, "items")):
+        return None
+    columns = {str(name): value for name, value in cast("Any", z).items()}
+    if not columns:
+        raise ValueError("z holds no concept")
+    return columns
 
 
 def _as_texts(z: object) -> list[str] | None:

@@ -30,8 +30,15 @@ def _erased(map_: LowRankAffine, sigma_xz: Tensor) -> Tensor:
     return sigma_xz - left @ (right.T @ sigma_xz)
 
 
+def _scatter(keys: Tensor) -> Tensor:
+    """Return a fold for each whole number, the same on every machine and unrelated to any period."""
+    mixed = (keys * 2654435761) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
+    return (mixed ^ (mixed >> 13)) % FOLDS
+
+
 class Folds:
-    """Cross-covariances of five interleaved folds, streamed beside a fit at O(n d c).
+    """Cross-covariances of five folds, streamed beside a fit at O(n d c).
 
     Args:
         width: Width d.
@@ -61,14 +68,13 @@ class Folds:
     ) -> Self:
         """Deal rows ``x`` ``(n, d)`` with encoded labels z out to the folds.
 
-        In turn, or by ``groups`` ``(n,)`` int64: rows of one group (tokens of one text) are alike, so they must
-        not stand on both sides.
+        By a fixed hash of the row number, or of ``groups`` ``(n,)`` int64: rows of one group (tokens of one
+        text) are alike, so they must not stand on both sides.
         """
-        dealt = self.rows
+        keys = torch.arange(len(x), device=x.device) + self.rows if groups is None else groups
+        fold = _scatter(keys)
         for i, part in enumerate(self.parts):
-            rows: slice | Tensor = slice((i - dealt) % FOLDS, None, FOLDS)
-            if groups is not None:
-                rows = groups % FOLDS == i
+            rows = (fold == i).nonzero()[:, 0]
             part.update(x[rows], z[rows], weight=None if weight is None else weight[rows])
         return self
 
@@ -80,7 +86,7 @@ class Folds:
 
     @property
     def ready(self) -> bool:
-        """Whether every fold has a few rows."""
+        """Whether there are enough rows to measure on."""
         return self.rows >= 4 * FOLDS and all(float(part.count) > 0 for part in self.parts)
 
     @property

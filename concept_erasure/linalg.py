@@ -420,7 +420,11 @@ class Moments:
         self._squares = self._squares + other._squares
 
     def marginal(self) -> Moments:
-        """Return the moments of x alone (one constant concept column), as a copy."""
+        """Return the moments of x alone (one constant concept column), as a copy.
+
+        Its total weight is the effective number of rows, so that it can be pooled with unweighted rows whatever
+        the scale of the weights.
+        """
         out = Moments(
             self.width,
             1,
@@ -428,9 +432,10 @@ class Moments:
             device=self.count.device,
             dtype=self.count.dtype,
         )
-        out.rows, out.count, out._mean_x = self.rows, self.count.clone(), self._mean_x.clone()
-        out._squares = self._squares.clone()
-        out._s_xx = None if self._s_xx is None else self._s_xx.clone()
+        factor = self.count / self._squares.clamp_min(torch.finfo(self.count.dtype).tiny)
+        out.rows, out.count, out._mean_x = self.rows, self.count * factor, self._mean_x.clone()
+        out._squares = self._squares * factor**2
+        out._s_xx = None if self._s_xx is None else self._s_xx * factor
         return out
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:

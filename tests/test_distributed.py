@@ -25,6 +25,15 @@ def _data() -> tuple[torch.Tensor, torch.Tensor]:
     return x[order] + 1e4, one_hot(z[order], 3)
 
 
+def _seen(part: slice) -> LeaceFitter:
+    """Return a fitter with labelled, background and held-out rows, each row in the fold of its text."""
+    x, z = _data()
+    groups = torch.arange(len(x)) // 5
+    fitter = LeaceFitter(8, 3).update(x[part], z[part], groups=groups[part])
+    fitter.update_background(x[part] * 1.5)
+    return fitter.hold_out(x[part], z[part], groups=groups[part])
+
+
 def _work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -34,14 +43,15 @@ def _work(rank: int, folder: str) -> None:
         x, z = _data()
         part = slice(0, CUT) if rank == 0 else slice(CUT, None)
         moments = Moments(8, 3).update(x[part], z[part]).all_reduce()
-        fitter = LeaceFitter(8, 3).update(x[part], z[part])
-        fitter.all_reduce()
+        fitter = _seen(part).all_reduce()
+        gap = fitter.eraser.report["held_out_gap"]
         empty = Moments(8, 3)
         if rank == 1:
             empty.update(x, z)
         empty.all_reduce()
         save_file(
             {
+                "gap": torch.tensor([gap], dtype=torch.float64),
                 "n": torch.tensor([moments.n], dtype=torch.float64),
                 "mean_x": moments.mean_x.contiguous(),
                 "sigma_xx": moments.sigma_xx.contiguous(),
@@ -60,7 +70,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     mp.spawn(_work, args=(str(tmp_path),), nprocs=WORLD, join=True)
     x, z = _data()
     moments = Moments(8, 3).update(x, z)
-    erased = LeaceFitter(8, 3).update(x, z).eraser(x)
+    eraser = _seen(slice(None)).eraser
+    erased = eraser(x)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(WORLD))
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"the ranks disagree on {name}"
@@ -68,5 +79,6 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for name in ("mean_x", "sigma_xx", "sigma_xz", "sigma_zz"):
         assert torch.allclose(first[name], getattr(moments, name), rtol=0, atol=1e-9), name
     assert torch.allclose(first["empty"], moments.sigma_xz, rtol=0, atol=1e-9)
+    assert first["gap"].item() == pytest.approx(eraser.report["held_out_gap"], rel=1e-6)
     # x is near 1e4, where float64 resolves 2e-12
     assert torch.allclose(first["erased"], erased, rtol=0, atol=1e-8)

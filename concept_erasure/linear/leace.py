@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self, cast
 
 import torch
@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from concept_erasure.collect import Representations
-from concept_erasure.data import read_data
+from concept_erasure.data import read_data, read_labels, read_rows
 from concept_erasure.eraser import EraserConfig, RepresentationEraser
-from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError
-from concept_erasure.labels import LabelKind, as_tensor, encode_concepts
+from concept_erasure.errors import ErasureWarning, NotFittedError, ShapeError, SpaceError
+from concept_erasure.labels import Classes, LabelKind, as_tensor
 from concept_erasure.leakage import FOLDS, Folds, held_out_gap, remaining_gap
 from concept_erasure.linalg import (
     LowRankAffine,
@@ -205,34 +205,22 @@ class LeaceEraser(RepresentationEraser):
             ValueError: For fewer than two rows, values that are not finite, or options out of range.
             ShapeError: If x and z disagree.
         """
-        data, labels, space = read_data(x, z, z_kind)
-        fitter = LeaceFitter(
-            data.shape[-1],
-            labels.width,
-            method,
+        return LeaceFitter.fit(
+            x,
+            z,
+            method=method,
             affine=affine,
             shrinkage=shrinkage,
             rank=rank,
             svd_tol=svd_tol,
             strength=strength,
-            device=data.device,
+            z_kind=z_kind,
+            mask=mask,
+            weight=weight,
+            background=background,
+            held_out=held_out,
             dtype=dtype,
-            classes=labels.names or None,
-        )
-        encoded = labels.values.reshape(*data.shape[:-1], *labels.values.shape[1:])
-        groups = x.rows if isinstance(x, Representations) else None
-        fitter._add(data, encoded, mask, weight, groups)
-        if background is not None:
-            fitter.update_background(
-                background.x if isinstance(background, Representations) else background
-            )
-        if fitter.n < 2:
-            raise ValueError(f"at least 2 rows are needed to fit; the mask leaves {fitter.n}")
-        if held_out is not None:
-            other = (held_out.x, held_out.z) if isinstance(held_out, Representations) else held_out
-            fitter.hold_out(*other, z_kind=z_kind)
-        fitter.space = space
-        return fitter.eraser
+        ).eraser
 
 
 class LeaceFitter:
@@ -251,7 +239,8 @@ class LeaceFitter:
         svd_tol: Smallest canonical correlation that counts as one. Higher is more stable and leaves more.
         strength: 1 erases; less is partial; 2 reflects the class means.
         z_kind: ``"continuous"`` takes whole numbers in a single column as a real target.
-        classes: Class names, so that batches of labels of any type can be streamed.
+        classes: Class names, so that batches of labels of any type can be streamed; for several concepts a
+            mapping of them.
         device: Where the statistics live.
         dtype: Dtype of the factors given out; statistics stay float64.
     """
@@ -268,7 +257,7 @@ class LeaceFitter:
         svd_tol: float | None = None,
         strength: float = 1.0,
         z_kind: LabelKind = "auto",
-        classes: Sequence[object] | None = None,
+        classes: Classes | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -282,10 +271,10 @@ class LeaceFitter:
         )
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a real floating type; got {dtype}")
-        if classes is not None and len(classes) != z_dim:
+        if classes is not None and not isinstance(classes, Mapping) and len(classes) != z_dim:
             raise ShapeError(f"z_dim is {z_dim} but there are {len(classes)} classes")
         self.x_dim, self.z_dim, self.z_kind = x_dim, z_dim, z_kind
-        self.classes = tuple(str(c) for c in classes) if classes is not None else ()
+        self.classes = classes if isinstance(classes, Mapping) else tuple(map(str, classes or ()))
         # below float32 the factors would lose the guarantee
         self.dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         self._categorical = True
@@ -300,31 +289,47 @@ class LeaceFitter:
     def fit(
         cls,
         x: object,
-        z: object,
+        z: object = None,
         *,
         method: ErasureMethod = "leace",
         affine: bool = True,
         shrinkage: bool | Literal["auto"] = "auto",
+        rank: int | None = None,
         svd_tol: float | None = None,
+        strength: float = 1.0,
         z_kind: LabelKind = "auto",
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        background: object = None,
+        held_out: tuple[object, object] | Representations | None = None,
         dtype: torch.dtype | None = None,
     ) -> LeaceFitter:
-        """Return a fitter that has seen ``(x, z)``."""
-        data, labels, _ = read_data(x, z, z_kind)
+        """Return a fitter that has seen ``(x, z)``; see `LeaceEraser.fit`."""
+        data, labels, space = read_data(x, z, z_kind)
         fitter = cls(
             data.shape[-1],
             labels.width,
             method,
             affine=affine,
             shrinkage=shrinkage,
+            rank=rank,
             svd_tol=svd_tol,
-            classes=labels.names or None,
+            strength=strength,
+            z_kind=z_kind,
+            classes=labels.classes,
             device=data.device,
             dtype=dtype,
         )
-        fitter._add(
-            data, labels.values.reshape(*data.shape[:-1], *labels.values.shape[1:]), None, None
-        )
+        fitter.space = space
+        encoded = labels.values.reshape(*data.shape[:-1], *labels.values.shape[1:])
+        groups = x.rows if isinstance(x, Representations) else None
+        fitter._add(data, encoded, mask, weight, groups)
+        if fitter.n < 2:
+            raise ValueError(f"at least 2 rows are needed to fit; the mask leaves {fitter.n}")
+        if background is not None:
+            fitter.update_background(background)
+        if held_out is not None:
+            fitter.hold_out(*(held_out if isinstance(held_out, tuple) else (held_out,)))
         return fitter
 
     def update(
@@ -375,33 +380,63 @@ class LeaceFitter:
             raise ValueError(
                 "method='orth' uses no covariance, so background rows would do nothing"
             )
-        data = as_tensor(x)
-        if self._background is None:
-            device = None if self._moments.rows == 0 else self._moments.count.device
-            self._background = Moments(self.x_dim, 1, device=device)
-        self._background.update(data, data.new_zeros((*data.shape[:-1], 1)), mask=mask)
-        self._eraser = None
+        self._refuse_other_space(x, "background", tokens=False)
+        data = read_rows(x.x if isinstance(x, Representations) else x)
+        device = None if self._moments.rows == 0 else self._moments.count.device
+        rows = self._background or Moments(self.x_dim, 1, device=device)
+        rows.update(data, data.new_zeros((*data.shape[:-1], 1)), mask=mask)
+        self._background, self._eraser = rows, None
         return self
 
-    def hold_out(self, x: object, z: object, *, z_kind: LabelKind = "auto") -> Self:
+    def hold_out(self, x: object, z: object = None, *, groups: Tensor | None = None) -> Self:
         """Add rows that are only measured on: the held-out gap of the report is theirs.
 
-        Without any, the gap is cross-fitted: the fit is repeated on three fifths of the rows, five times, and
-        measured on the others.
+        Without any, the gap is cross-fitted: the concept's directions are fitted on three fifths of the rows, five
+        times, and measured on the others (the metric, which cannot break the guarantee, is that of all rows).
+
+        Args:
+            x: Representations ``(..., d)``, or `Representations` (then z and groups may be left out).
+            z: Labels as in the fit.
+            groups: Which text a row comes from, as in `update`.
         """
-        data, labels, _ = read_data(x, z, z_kind, classes=self.classes or None)
-        if data.shape[-1] != self.x_dim or labels.width != self.z_dim:
-            raise ShapeError(
-                f"held-out x has width {data.shape[-1]} and z {labels.width} columns; "
-                f"the fit has {self.x_dim} and {self.z_dim}"
-            )
-        if self._held_out is None:
-            self._held_out = Folds(self.x_dim, self.z_dim, device=data.device)
-        self._held_out.update(data.reshape(-1, self.x_dim), labels.values)
-        if not self._held_out.ready:
-            raise ValueError(f"held-out data need at least 20 rows; got {self._held_out.rows}")
-        self._eraser = None
+        self._refuse_other_space(x, "held-out", tokens=True)
+        if isinstance(x, Representations):
+            z, groups = x.z if z is None else z, x.rows if groups is None else groups
+        if z is None:
+            raise ValueError("labels are missing: give z, or representations collected with labels")
+        data = read_rows(x.x if isinstance(x, Representations) else x)
+        if data.shape[-1] != self.x_dim:
+            raise ShapeError(f"held-out x has width {data.shape[-1]}; the fit has {self.x_dim}")
+        values = self._labels(z, data)
+        flat = data.reshape(-1, self.x_dim)
+        folds = self._held_out or Folds(self.x_dim, self.z_dim, device=data.device)
+        folds.update(
+            flat,
+            values.reshape(len(flat), *values.shape[data.ndim - 1 :]),
+            groups=self._read_groups(groups, data),
+        )
+        self._held_out, self._eraser = folds, None
         return self
+
+    def _refuse_other_space(self, x: object, what: str, *, tokens: bool) -> None:
+        other = x.space if isinstance(x, Representations) else None
+        if other is None or self.space is None:
+            return
+        same = replace(other, tokens=self.space.tokens) if not tokens else other
+        if same != self.space:
+            raise SpaceError(f"{what} rows come from {other}; the fit from {self.space}")
+
+    @staticmethod
+    def _read_groups(groups: Tensor | None, data: Tensor) -> Tensor | None:
+        if groups is None:
+            return None
+        found = as_tensor(groups, name="groups")
+        if found.is_floating_point() or found.numel() != data.shape[:-1].numel():
+            raise ShapeError(
+                f"groups must be one whole number a row, {tuple(data.shape[:-1])}; got {found.dtype} "
+                f"{tuple(found.shape)}"
+            )
+        return found.reshape(-1).to(data.device, torch.int64)
 
     def _pooled(self) -> Moments:
         """Return the moments whose covariance is the metric and whose mean is kept."""
@@ -412,9 +447,10 @@ class LeaceFitter:
     def _labels(self, z: object, data: Tensor) -> Tensor:
         lead = data.shape[:-1]
         if self.classes and not (isinstance(z, Tensor) and z.shape == (*lead, self.z_dim)):
-            values = encode_concepts(z, kind="classes", classes=self.classes).values
-        else:
-            values = as_tensor(z, name="z")
+            kind: LabelKind = "auto" if isinstance(self.classes, Mapping) else "classes"
+            values = read_labels(z, data, kind, self.classes).values
+            return values.reshape(*lead, *values.shape[1:])
+        values = as_tensor(z, name="z")
         values = values.to(data.device)
         rows = math.prod(lead)
         if values.shape == lead and self.z_dim > 1 and not values.is_floating_point():
@@ -448,11 +484,12 @@ class LeaceFitter:
         weight: Tensor | None,
         groups: Tensor | None = None,
     ) -> None:
+        group = self._read_groups(groups, x)
         self._moments.update(x, z, mask=mask, weight=weight)
         self._categorical = self._categorical and z.ndim == x.ndim - 1
         self._eraser = None
         flat = [x.reshape(-1, self.x_dim), z.reshape(-1, *z.shape[x.ndim - 1 :]).to(x.device)]
-        extra = [None if v is None else v.reshape(-1).to(x.device) for v in (weight, groups)]
+        extra = [None if v is None else v.reshape(-1).to(x.device) for v in (weight, group)]
         if mask is not None:
             keep = mask.reshape(-1).to(x.device, torch.bool)
             flat = [value[keep] for value in flat]
@@ -470,6 +507,9 @@ class LeaceFitter:
         self._moments.merge(other._moments)
         self._folds.merge(other._folds)
         self._categorical = self._categorical and other._categorical
+        if other._held_out is not None:
+            held = self._held_out or Folds(self.x_dim, self.z_dim, device=self.mean_x.device)
+            self._held_out = held.merge(other._held_out)
         if other._background is not None:
             background = self._background or Moments(self.x_dim, 1, device=self.mean_x.device)
             self._background = background.merge(other._background)
@@ -483,12 +523,15 @@ class LeaceFitter:
             ValueError: If options, classes or space differ between ranks.
         """
         found: list[object] = [None] * dist.get_world_size(group)
-        mine = (self._identity, self._background is None)
-        dist.all_gather_object(found, mine, group=group)
-        if any(other != mine for other in found):
-            raise ValueError(f"the ranks differ: {found}")
+        mine = (self._identity, self._background is None, self._held_out is None)
+        dist.all_gather_object(found, (mine, self._categorical), group=group)
+        theirs = cast("list[tuple[object, bool]]", found)
+        if any(other != mine for other, _ in theirs):
+            raise ValueError(f"the ranks differ: {[other for other, _ in theirs]}")
+        self._categorical = all(categorical for _, categorical in theirs)
         background = [] if self._background is None else [self._background]
-        all_reduce_moments([self._moments, *self._folds.parts, *background], group)
+        held = [] if self._held_out is None else self._held_out.parts
+        all_reduce_moments([self._moments, *self._folds.parts, *background, *held], group)
         self._eraser = None
         return self
 
@@ -578,11 +621,20 @@ class LeaceFitter:
             report["condition"] = metric.condition
         norm = metric.whiten if metric is not None else torch.Tensor.clone
         if self._held_out is not None:
+            if not self._held_out.ready:
+                raise ValueError(
+                    f"held-out data need at least {4 * FOLDS} rows; got {self._held_out.rows}"
+                )
             maps = [map_] * FOLDS
             report.update(held_out_gap(maps, self._held_out.pairs, norm, whitening))
         elif cross_fits:
             maps = [LowRankAffine(lt, rt).scale(config.strength) for lt, rt, _ in others]
             report.update(held_out_gap(maps, self._folds.pairs, norm, whitening))
+        if "held_out_gap" not in report:
+            few = (
+                f"{moments.rows} rows are too few" if not self._folds.ready else "no signal in them"
+            )
+            report["held_out_note"] = f"gap not measured: {few}"
         out = map_ if self.dtype is None else map_.to(dtype=self.dtype)
         self._warn(report)
         return LeaceEraser(
@@ -621,7 +673,7 @@ class LeaceFitter:
         }
         if self._categorical:
             shares = moments.mean_z.tolist()
-            names = self.classes or tuple(str(i) for i in range(self.z_dim))
+            names = tuple(self.classes) or tuple(str(i) for i in range(self.z_dim))
             report["n_per_class"] = {
                 k: round(s * moments.rows) for k, s in zip(names, shares, strict=True)
             }
