@@ -13,7 +13,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu bench docs lint format clean
+.PHONY: help demo test test-all test-gpu test-reference bench docs lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,15 @@ test-gpu: $(VENV)/.dev ## Tests that need an accelerator
 
 $(VENV)/reference: | $(BIN)/python
 	$(PIP) install --quiet --no-deps --target $@ concept-erasure==0.2.4
+
+$(VENV)/reference-source: | $(BIN)/python
+	$(PIP) download --quiet --no-deps --no-binary :all: --dest $@.tmp concept-erasure==0.2.4
+	mkdir -p $@ && tar -xzf $@.tmp/*.tar.gz --strip-components=1 -C $@ && rm -r $@.tmp
+
+test-reference: $(VENV)/.dev $(VENV)/reference $(VENV)/reference-source ## Parity with concept-erasure 0.2.4; its own tests on ours
+	CONCEPT_ERASURE_REFERENCE=$(abspath $(VENV)/reference) \
+	CONCEPT_ERASURE_REFERENCE_TESTS=$(abspath $(VENV)/reference-source/tests) \
+	$(PYTEST) -n $(JOBS) -m reference $(ARGS)
 
 bench: $(VENV)/.dev $(VENV)/reference ## Exactness, speed against concept-erasure 0.2.4, all layers from one pass
 	mkdir -p $(BENCH)

@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     )
     from concept_erasure.linalg import LowRankAffine, Moments, optimal_linear_shrinkage
     from concept_erasure.linear.groupby import GroupedTensor, groupby
+    from concept_erasure.linear.inlp import InlpEraser
     from concept_erasure.linear.leace import ErasureMethod, LeaceEraser, LeaceFitter
+    from concept_erasure.linear.mean_projection import MeanProjectionEraser, MeanProjectionFitter
     from concept_erasure.linear.oracle import OracleEraser, OracleFitter
     from concept_erasure.linear.quadratic import QuadraticEditor, QuadraticEraser, QuadraticFitter
     from concept_erasure.linear.quantile import QuantileNormalizer, cdf, icdf
+    from concept_erasure.linear.sal import SalEraser, SalFitter
     from concept_erasure.linear.scrubbing import ConceptScrubber
     from concept_erasure.linear.splince import SplinceEraser
     from concept_erasure.report import Report
@@ -58,6 +61,9 @@ _PLACES = {
     "linalg": ("LowRankAffine", "Moments", "optimal_linear_shrinkage"),
     "linear.groupby": ("GroupedTensor", "groupby"),
     "linear.leace": ("ErasureMethod", "LeaceEraser", "LeaceFitter"),
+    "linear.inlp": ("InlpEraser",),
+    "linear.mean_projection": ("MeanProjectionEraser", "MeanProjectionFitter"),
+    "linear.sal": ("SalEraser", "SalFitter"),
     "linear.oracle": ("OracleEraser", "OracleFitter"),
     "linear.quadratic": ("QuadraticEditor", "QuadraticEraser", "QuadraticFitter"),
     "linear.quantile": ("QuantileNormalizer", "cdf", "icdf"),
@@ -82,9 +88,12 @@ __all__ = [
     "ErasureWarning",
     "FormatError",
     "GroupedTensor",
+    "InlpEraser",
     "LeaceEraser",
     "LeaceFitter",
     "LowRankAffine",
+    "MeanProjectionEraser",
+    "MeanProjectionFitter",
     "ModelEraser",
     "Moments",
     "NotFittedError",
@@ -97,6 +106,8 @@ __all__ = [
     "Report",
     "RepresentationEraser",
     "Representations",
+    "SalEraser",
+    "SalFitter",
     "ShapeError",
     "Site",
     "SiteNotFoundError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -47,6 +48,7 @@ CONFIG_KEYS = {
     "tensors",
     "digest",
 }
+OPTIONAL_KEYS = {"identity"}  # of a copy in another dtype: the digest of what it is a copy of
 UPGRADE = "pip install --upgrade deconcept"
 
 
@@ -126,8 +128,9 @@ def read_config(path: Path) -> dict[str, object]:
         raise FormatError(
             f"{path} has format_version {found}; this library reads up to {FORMAT_VERSION}. {UPGRADE}"
         )
-    if set(record) != CONFIG_KEYS:
-        unknown, missing = sorted(set(record) - CONFIG_KEYS), sorted(CONFIG_KEYS - set(record))
+    keys = set(record) - OPTIONAL_KEYS
+    if keys != CONFIG_KEYS:
+        unknown, missing = sorted(keys - CONFIG_KEYS), sorted(CONFIG_KEYS - keys)
         raise FormatError(
             f"{path}: unknown keys {unknown}, missing keys {missing}; perhaps {UPGRADE}"
         )
@@ -141,6 +144,9 @@ def read_config(path: Path) -> dict[str, object]:
     ):
         if not isinstance(record[key], kinds):
             raise FormatError(f"{path}: {key!r} has type {type(record[key]).__name__}")
+    identity = record.get("identity", "0" * 16)
+    if not isinstance(identity, str) or not re.fullmatch("[0-9a-f]{16}", identity):
+        raise FormatError(f"{path}: 'identity' must be a digest of 16 hexadecimal digits")
     return record
 
 

@@ -1,4 +1,4 @@
-"""Command line: ``concept-erasure list | fit | apply | eval | card | demo``.
+"""Command line: ``concept-erasure list | fit | apply | eval | compare | card | demo``.
 
 This module only starts the program: it turns every expected error into one line on standard error
 and exit code 2. The commands are in ``_commands.py``, reading files is in ``_cli_data.py``.
@@ -7,6 +7,7 @@ and exit code 2. The commands are in ``_commands.py``, reading files is in ``_cl
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -73,7 +74,21 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return _for_shell(text) or type(error).__name__
+
+
+def _for_shell(text: str) -> str:
+    """Return a message of the library on one line, with options as they are typed in a shell."""
+    text = re.sub(r"(?:\b\w+\()?\b([a-z]\w*)=('?)([\w.]+)\2\)?", _typed, text)
+    text = re.sub(r"\b(attach\(\)|with_space\(None\))(?! from Python)", r"\1 from Python", text)
+    return " ".join(text.split())
+
+
+def _typed(match: re.Match[str]) -> str:
+    from concept_erasure._commands import OPTIONS
+
+    name, _, value = match.groups()
+    return f"--{name.replace('_', '-')} {value}" if name in OPTIONS else match.group()
 
 
 def _show_warning(
@@ -86,7 +101,7 @@ def _show_warning(
 ) -> None:
     """Write a warning on one line, without the source line that raised it."""
     del filename, lineno, file, line
-    sys.stderr.write(f"warning: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"warning: {_for_shell(str(message))}\n")
 
 
 if __name__ == "__main__":

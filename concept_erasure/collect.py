@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from concept_erasure.edit import base_fingerprint
+from concept_erasure.edit import HookPatch, active_edits, base_fingerprint
 from concept_erasure.errors import ShapeError, SiteNotFoundError
 from concept_erasure.labels import encode_concepts
 from concept_erasure.sites import Site, Space, hook, model_id, resolve
@@ -55,7 +55,8 @@ class Fitter(Protocol):
     """Anything with `update(x, z)`.
 
     A `space` that is `None` is filled in. With `classes`, labels are handed on as they were given.
-    `update_background(x)` is needed for `background=True` only.
+    If `update` takes `groups`, it is given the index of the text of every token (n,) with
+    `tokens="all"`. `update_background(x)` is needed for `background=True` only.
     """
 
     def update(self, x: Tensor, z: Tensor) -> object:
@@ -101,7 +102,15 @@ class Representations:
         return f"Representations(n={len(self)}, d={self.x.shape[1]}, {labels}, {where})"
 
     def __getitem__(self, index: Tensor) -> Representations:
-        """Return the vectors at an index tensor (m,)."""
+        """Return the vectors at an index tensor (m,), or where a bool mask (n,) is true.
+
+        Raises:
+            ShapeError: a mask has another length.
+        """
+        if index.dtype == torch.bool:
+            if index.shape != (len(self),):
+                raise ShapeError(f"{len(self)} vectors but a mask of shape {tuple(index.shape)}")
+            index = index.nonzero()[:, 0]
         rows = None if self.rows is None else self.rows[index.to(self.rows.device)]
         z = None if self.z is None else take(self.z, index)
         return Representations(self.x[index.to(self.x.device)], z, self.space, rows)
@@ -308,10 +317,15 @@ def _runner(model: nn.Module, sites: Sequence[Site]) -> nn.Module:
 
 
 def _may_stop(model: nn.Module) -> bool:
-    """Say whether a forward pass may be left half-way: nobody else acts after a module's forward."""
+    """Say whether a forward pass may be left half-way: nobody else acts after a module's forward.
+
+    Attached erasers do not count: they change activations and nothing beside them.
+    """
+    patches = [patch for edit in active_edits(model) for patch in edit.patches]
+    own = {patch.handle_id for patch in patches if isinstance(patch, HookPatch)}
     return not any(
-        module._forward_hooks
-        or module._forward_pre_hooks
+        module._forward_hooks.keys() - own
+        or module._forward_pre_hooks.keys() - own
         or hasattr(module, "_hf_hook")
         or getattr(module, "_compiled_call_impl", None) is not None
         or type(module).__module__.startswith(("torch._dynamo", "torch.distributed"))
@@ -416,8 +430,8 @@ class _Pass:
                 f"got {self.progress!r}"
             )
 
-    def __iter__(self) -> Iterator[tuple[list[dict[str, Tensor]], Tensor]]:
-        """Yield the vectors by site for every rule, and the texts of the first rule's vectors."""
+    def __iter__(self) -> Iterator[tuple[list[dict[str, Tensor]], Tensor, Tensor]]:
+        """Yield the vectors by site for every rule, the first rule's texts, and the texts' lengths."""
         read = _Reader(self.model, self.sites, self.rules)
         total = len(self.texts)
         with _shown(self.progress, total, self.title) as tell:
@@ -426,11 +440,12 @@ class _Pass:
                 inputs = encode_batch(self.model, self.tokenizer, part, start, self.max_length)
                 found = read(inputs)
                 rows = torch.arange(start, start + len(part))
+                lengths = (inputs["attention_mask"] != 0).sum(1).cpu()
                 if self.rules[0] == "all":
-                    rows = rows.repeat_interleave((inputs["attention_mask"] != 0).sum(1).cpu())
+                    rows = rows.repeat_interleave(lengths)
                 if self.dtype is not None:
                     found = [{k: x.to(self.dtype) for k, x in by.items()} for by in found]
-                yield found, rows
+                yield found, rows, lengths
                 tell(start + len(part))
 
 
@@ -476,7 +491,7 @@ def stream(
         progress, "reading texts",
     )  # fmt: skip
     _check_labels(labels, len(texts))
-    return ((found[0], rows) for found, rows in batches)
+    return ((found[0], rows) for found, rows, _ in batches)
 
 
 @overload
@@ -599,9 +614,10 @@ def fit_streaming(
         sites: names, patterns or module paths.
         fitter: called with the width d of a site, returns its fitter.
         tokens: `last`, `first`, `mean` or `all` real tokens of each text.
-        background: give all real tokens of the texts to `update_background(x)` as well: an eraser
-            in a language model acts on every token, so its edit should be small on every token and
-            not only on those that carry labels. Changes nothing with `tokens="all"`.
+        background: give the tokens that carry no label to `update_background(x)`: an eraser in a
+            language model acts on every token, so its edit should be small on every token. With
+            `tokens="mean"` these are all real tokens (what carries the labels is no token); with
+            `tokens="all"` there are none.
         batch_size: texts per forward pass.
         max_length: truncate to this many tokens; `None` truncates nothing.
         dtype: of x; default the model's.
@@ -609,8 +625,9 @@ def fit_streaming(
             done, texts in all) after every batch.
 
     Returns:
-        The fitters by site name; `update(x, z)` was called once per batch with x (m, d). A fitter
-        with a `space` of `None` gets its space, which its eraser carries.
+        The fitters by site name; `update(x, z)` was called once per batch with x (m, d), and with
+        `groups=` the texts (m,) of x if `tokens="all"` and it takes them. A fitter with a `space`
+        of `None` gets its space, which its eraser carries.
 
     Raises:
         SiteNotFoundError, ShapeError, ValueError: as `stream`.
@@ -627,16 +644,32 @@ def fit_streaming(
     z = labels if isinstance(labels, Tensor) else encode_concepts(labels, n=len(texts)).values
     name_of_model, mark = model_id(model), base_fingerprint(model)
     fitters: dict[str, F] = {}
-    for found, rows in batches:
+    for found, rows, lengths in batches:
+        unlabelled = _unlabelled(lengths, tokens)
         for name, x in found[0].items():
             if name not in fitters:
                 space = Space(name_of_model, mark, name, tokens, x.shape[1])
                 fitters[name] = _placed(fitter(x.shape[1]), space, len(rules) > 1)
             one = fitters[name]
-            one.update(x, _labels_for(one, labels, z, rows, x.device))
-            if len(found) > 1:
-                cast("Any", one).update_background(found[1][name])
+            chosen = _labels_for(one, labels, z, rows, x.device)
+            if tokens == "all" and "groups" in inspect.signature(one.update).parameters:
+                cast("Any", one).update(x, chosen, groups=rows)
+            else:
+                one.update(x, chosen)
+            if len(found) > 1 and bool(unlabelled.any()):
+                every = found[1][name]
+                cast("Any", one).update_background(every[unlabelled.to(every.device)])
     return fitters
+
+
+def _unlabelled(lengths: Tensor, tokens: Tokens) -> Tensor:
+    """Return which of the real tokens (sum of lengths,) in reading order carry no label."""
+    mask = torch.ones(int(lengths.sum()), dtype=torch.bool)
+    if tokens == "last":
+        mask[lengths.cumsum(0) - 1] = False
+    elif tokens == "first":
+        mask[lengths.cumsum(0) - lengths] = False
+    return mask
 
 
 def _placed(fitter: F, space: Space, background: bool) -> F:

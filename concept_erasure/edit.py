@@ -1,20 +1,22 @@
 """What changed in a model, and the way back.
 
 An `Edit` is a list of patches applied in one transaction: all or none. What they overwrote is kept, so
-``undo()`` is bit-exact; edits on one model are undone last in, first out.
+``undo()`` is bit-exact; edits on one model are undone last in, first out. A model with its head and the
+same model without are one: the tables here are kept for what `base_of` gives of both.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from concept_erasure.errors import EditError
+from concept_erasure.errors import EditError, ErasureWarning
 from concept_erasure.patches import (
     BiasPatch,
     ColumnPatch,
@@ -22,9 +24,10 @@ from concept_erasure.patches import (
     HookPatch,
     LowRankPatch,
     Patch,
+    WatchedPatch,
     check_writable,
 )
-from concept_erasure.sites import fingerprint
+from concept_erasure.sites import base_of, fingerprint
 
 __all__ = [
     "BiasPatch",
@@ -48,12 +51,12 @@ _LINEAGE: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDicti
 
 def active_edits(model: nn.Module) -> list[Edit]:
     """Return the edits in force on a model, oldest first."""
-    return list(_EDITS.get(model, []))
+    return list(_EDITS.get(base_of(model)[1], []))
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """Return the fingerprint of the weights as they are without the edits in force."""
-    return _BASE.get(model) or fingerprint(model)
+    return _BASE.get(base_of(model)[1]) or fingerprint(model)
 
 
 def lineage(model: nn.Module) -> frozenset[str]:
@@ -64,7 +67,7 @@ def lineage(model: nn.Module) -> frozenset[str]:
     loading), and not saved with the model.
     """
     base = base_fingerprint(model)
-    known = _LINEAGE.get(model, [])
+    known = _LINEAGE.get(base_of(model)[1], [])
     return frozenset(known) if known and known[-1] == base else frozenset({base})
 
 
@@ -74,19 +77,22 @@ def same_lineage(one: str, other: str) -> bool:
 
 
 @contextmanager
-def _without(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
+def _without(edits: Sequence[Edit]) -> Iterator[None]:
     """Show the parameters as they were before some edits; nothing is copied but patched columns."""
-    patches = [patch for edit in reversed(edits) for patch in reversed(edit.patches)]
+    values: dict[tuple[nn.Module, str], Tensor | None] = {}
+    for edit in reversed(edits):
+        for patch in reversed(edit.patches):
+            for name in patch.targets:
+                path, _, leaf = name.rpartition(".")
+                module = edit._model.get_submodule(path)
+                if (module, leaf) not in values:
+                    held = module._parameters[leaf]
+                    values[module, leaf] = None if held is None else held.detach()
+                values[module, leaf] = patch.before(values[module, leaf])
     swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     try:
-        for name in dict.fromkeys(name for patch in patches for name in patch.targets):
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            parameter = module._parameters[leaf]
-            value = None if parameter is None else parameter.detach()
-            for patch in patches:
-                value = patch.before(value) if name in patch.targets else value
-            swapped.append((module, leaf, parameter))
+        for (module, leaf), value in values.items():
+            swapped.append((module, leaf, module._parameters[leaf]))
             module._parameters[leaf] = (
                 None if value is None else nn.Parameter(value, requires_grad=False)
             )
@@ -123,20 +129,21 @@ class Edit:
         if not patches:
             raise EditError(f"{label}: there is nothing to change")
         keys = frozenset({key} if isinstance(key, str) else key or ())
-        stack = _EDITS.setdefault(model, [])
+        path, base = base_of(model)
+        stack = _EDITS.setdefault(base, [])
         if other := next((edit for edit in stack if edit.keys & keys), None):
             raise EditError(
                 f"{label}: all or part of it is in force on this model already ({other.label}); "
                 "undo() or commit() that first"
             )
         # weak: the table of edits must not keep a model alive
-        self._reference = weakref.ref(model)
+        self._reference, self._base, self._path = weakref.ref(model), weakref.ref(base), path
         self._patches = list(patches)
         self.label: str = label
         self.keys: frozenset[str] = keys
         self._state = "applied"
         if not stack:
-            _BASE[model] = fingerprint(model)
+            _BASE[base] = fingerprint(base)
         self._norms: list[float] = []
         try:
             for patch in self._patches:
@@ -145,16 +152,32 @@ class Edit:
             for patch in reversed(self._patches[: len(self._norms)]):
                 patch.undo(model)
             if not stack:
-                _BASE.pop(model, None)
+                _BASE.pop(base, None)
             raise
         stack.append(self)
 
     @property
     def _model(self) -> nn.Module:
-        model = self._reference()
+        """The model that was given; if only its base is left, a stand-in with the base at its path."""
+        model, base = self._reference(), self._base()
+        if model is None and base is not None:
+            model = inner = nn.Module()
+            model.__dict__["config"] = getattr(base, "config", None)
+            *path, leaf = self._path.split(".")
+            for name in path:
+                inner.add_module(name, nn.Module())
+                inner = inner.get_submodule(name)
+            inner.add_module(leaf, base)
         if model is None:
             raise EditError(f"the model that {self.label} changed is gone")
         return model
+
+    @property
+    def _stack(self) -> list[Edit]:
+        base = self._base()
+        if base is None:
+            raise EditError(f"the model that {self.label} changed is gone")
+        return _EDITS[base]
 
     @property
     def active(self) -> bool:
@@ -174,26 +197,43 @@ class Edit:
     def undo(self) -> None:
         """Restore every bit; a second call does nothing.
 
+        What was trained or loaded into a parameter after the edit is overwritten, with an `ErasureWarning`
+        that names the parameter.
+
         Raises:
             EditError: If the edit was committed, or a later edit on the model is still in force.
         """
+        self._undo(stacklevel=3)
+
+    def _undo(self, stacklevel: int) -> None:
         if self._state == "undone":
             return
         if self._state == "committed":
             raise EditError(f"{self.label} was committed: its originals are gone")
-        stack = _EDITS[self._model]
+        stack, model = self._stack, self._model
         if stack[-1] is not self:
             raise EditError(f"undo {stack[-1].label} first: edits are undone last in, first out")
         failures: list[Exception] = []
+        discarded: list[str] = []
         for patch in reversed(self._patches):
             try:
-                patch.undo(self._model)
+                if isinstance(patch, WatchedPatch):
+                    discarded += patch.changed(model)
+                patch.undo(model)
             except Exception as failure:  # noqa: BLE001 the other patches are still undone
                 failures.append(failure)
         self._leave(stack)
         self._state = "undone"
         if failures:
             raise failures[0]
+        if discarded:
+            names = ", ".join(repr(name) for name in dict.fromkeys(discarded))
+            warnings.warn(
+                f"{names} changed after {self.label} (trained, or loaded): undo() put back what was there "
+                "before the edit and discarded that; commit() an edit before training on it",
+                ErasureWarning,
+                stacklevel=stacklevel,
+            )
 
     def commit(self) -> None:
         """Keep the change for good and drop the originals.
@@ -211,31 +251,32 @@ class Edit:
             raise EditError(
                 f"{self.label} is attached by hooks and cannot be committed; undo it, or use apply()"
             )
-        model = self._model
-        stack = _EDITS[model]
+        stack = self._stack
         for older in stack[: stack.index(self)]:
             if shared := sorted(older.targets & self.targets):
                 raise EditError(
                     f"commit or undo {older.label} first: its undo would overwrite {shared[0]!r}"
                 )
-        known = _LINEAGE.get(model, [])
-        base = base_fingerprint(model)
-        if not known or known[-1] != base:
-            known = [base]
+        base = cast("nn.Module", self._base())  # alive: it has a stack
+        known = _LINEAGE.get(base, [])
+        mark = base_fingerprint(base)
+        if not known or known[-1] != mark:
+            known = [mark]
         self._leave(stack)
         for patch in self._patches:
             patch.commit()
         self._state = "committed"
-        with _without(model, stack):
-            base = fingerprint(model)
-        _LINEAGE[model] = [*(mark for mark in known if mark != base), base]
+        with _without(stack):
+            mark = fingerprint(base)
+        _LINEAGE[base] = [*(old for old in known if old != mark), mark]
         if stack:
-            _BASE[model] = base
+            _BASE[base] = mark
 
     def _leave(self, stack: list[Edit]) -> None:
         stack.remove(self)
-        if not stack:
-            _BASE.pop(self._model, None)
+        base = self._base()
+        if not stack and base is not None:
+            _BASE.pop(base, None)
 
     def summary(self) -> str:
         """Return what was touched, the norm of each change and the bytes held for the way back."""
@@ -256,14 +297,13 @@ class Edit:
         trace: TracebackType | None,
     ) -> None:
         """Undo, later edits in force first; an error of the body is never hidden by one of the undoing."""
-        model = self._reference()
-        if self._state != "applied" or model is None:
+        if self._state != "applied" or self._base() is None:
             return
-        stack = _EDITS[model]
+        stack = self._stack
         failures: list[Exception] = []
         for edit in reversed(stack[stack.index(self) :]):
             try:
-                edit.undo()
+                edit._undo(stacklevel=3)
             except Exception as failure:  # noqa: BLE001 the earlier edits are still undone
                 failures.append(failure)
         if failures and error is None:

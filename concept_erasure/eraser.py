@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast, get_args, overload
 
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,16 +35,31 @@ from concept_erasure._storage import (
     write,
 )
 from concept_erasure.edit import Edit, HookPatch, base_fingerprint, lineage, same_lineage
-from concept_erasure.errors import FormatError, ShapeError, SiteNotFoundError, SpaceError
+from concept_erasure.errors import (
+    EditError,
+    FormatError,
+    ShapeError,
+    SiteNotFoundError,
+    SpaceError,
+)
 from concept_erasure.fold import Bias, fold_patches
+from concept_erasure.labels import as_tensor
 from concept_erasure.linalg import LowRankAffine
-from concept_erasure.sites import Site, Space, find_sites, resolve, width_at
+from concept_erasure.sites import Site, Space, base_of, find_sites, resolve, width_at
 
 if TYPE_CHECKING:
     from concept_erasure.collect import Representations
 
-__all__ = ["Eraser", "EraserConfig", "ModelEraser", "RepresentationEraser"]
+__all__ = ["Eraser", "EraserConfig", "ModelEraser", "RepresentationEraser", "Table", "place_keys"]
 TOKEN_RULES = ("last", "first", "mean", "all")
+
+
+class Table(Protocol):
+    """A pandas table, or what has its ``to_numpy``."""
+
+    def to_numpy(self) -> NDArray[Any]:
+        """Return the values, shape ``(n, d)``."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +138,10 @@ class Eraser(ABC):
 
     @property
     def _identity(self) -> str:
-        """Digest of the eraser this is a copy of, in whatever dtype; its own if it is not a copy."""
+        """Digest of the eraser this is a copy of, in whatever dtype; its own if it is not a copy.
+
+        It is saved with the copy.
+        """
         return cast("str | None", getattr(self, "_copy_of", None)) or self.digest
 
     def _same_as(self, copy: Self) -> Self:
@@ -150,6 +169,8 @@ class Eraser(ABC):
             "tensors": manifest(stored),
             "digest": self.digest,
         }
+        if self._identity != record["digest"]:
+            record["identity"] = self._identity
         text = (
             json.dumps(record, indent=2, sort_keys=True, allow_nan=False, default=json_default)
             + "\n"
@@ -204,6 +225,7 @@ class Eraser(ABC):
                 f"{folder}: {WEIGHTS_FILE} and {CONFIG_FILE} do not belong together (digest {built.digest}, "
                 f"not {record['digest']}): changed by hand, or saving was interrupted. Save the eraser again"
             )
+        object.__setattr__(built, "_copy_of", record.get("identity"))
         return built
 
     @classmethod
@@ -290,27 +312,50 @@ class RepresentationEraser(Eraser):
     @overload
     def __call__(self, x: Representations) -> Representations: ...
 
-    def __call__(self, x: Tensor | Representations) -> Tensor | Representations:
+    @overload
+    def __call__(self, x: NDArray[Any] | Table | Sequence[Sequence[float]]) -> NDArray[Any]: ...
+
+    def __call__(
+        self, x: Tensor | Representations | NDArray[Any] | Table | Sequence[Sequence[float]]
+    ) -> Tensor | Representations | NDArray[Any]:
         """Erase the concept.
 
         Args:
-            x: Tensor of shape ``(..., d)``, or `Representations` of width d.
+            x: Tensor of shape ``(..., d)``, `Representations` of width d, or, as with scikit-learn's
+                transformers, a NumPy array, a pandas table or nested lists.
 
         Returns:
-            The same with device, dtype and shape kept; `Representations` keep labels and space.
+            A tensor for a tensor, on its device and with its dtype and shape; `Representations` with labels and
+            space kept; a NumPy array for anything else, with the dtype kept if it is floating point and float64
+            for whole numbers.
 
         Raises:
-            SpaceError: If the representations come from another model or site than the eraser.
+            SpaceError: If the representations come from another model or site than the eraser, or were read by
+                another token rule. One fitted on ``"all"`` tokens takes every rule: what comes out is what the
+                attached eraser leaves of these tokens, or of their mean. Its guarantee is for all tokens
+                together, not for a selection of them.
             ShapeError: If the width is another.
-            TypeError: If x is neither, or not floating point.
+            TypeError: If x is none of these, or a tensor that is not floating point.
         """
         from concept_erasure.collect import Representations  # noqa: PLC0415 needed for them only
 
-        if not isinstance(x, Representations):
-            return self.map(x)
-        if self.space is not None and x.space is not None:
-            _check_same_space(self.space, x.space)
-        return replace(x, x=self.map(x.x))
+        if isinstance(x, Representations):
+            if self.space is not None and x.space is not None:
+                _check_same_space(self.space, x.space)
+            return replace(x, x=self._map(x.x))
+        if isinstance(x, Tensor):
+            return self._map(x)
+        data = as_tensor(x)
+        whole = not data.is_floating_point() and not data.is_complex()
+        erased: NDArray[Any] = self._map(data.double() if whole else data).detach().numpy()
+        return erased
+
+    def _map(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(
+                f"x must be floating point, because its dtype is kept; got {x.dtype}, pass x.float() or x.double()"
+            )
+        return self.map(x)
 
     def attach(self, model: nn.Module, *, sites: str | Sequence[str] | None = None) -> Edit:
         """Erase at sites by forward hooks; works at every site and touches no weight.
@@ -348,8 +393,9 @@ class RepresentationEraser(Eraser):
             sites: Site names or patterns; default the site the eraser was fitted at. Names of one place count once.
             bias: What to do where the affine offset needs a bias that a linear module lacks. ``"auto"``: add it if
                 the architecture can save it. Its configuration then gets the setting (such as ``attention_bias``)
-                and every module the setting covers a bias of zeros; otherwise refuse. ``"add"``: add it in memory
-                even if ``save_pretrained`` and ``from_pretrained`` will lose it. ``"refuse"``: never add one.
+                and every module the setting covers a bias of zeros; otherwise refuse. ``"add"``: the same where
+                the architecture can save it, so that nothing is lost; added in memory
+                elsewhere, where ``save_pretrained`` and ``from_pretrained`` lose it. ``"refuse"``: never add one.
 
         Raises:
             EditError: If the fold would not be exact (use `attach`), a weight cannot be changed, a bias is missing
@@ -371,10 +417,8 @@ class RepresentationEraser(Eraser):
     def _label(self, places: Sequence[Site]) -> str:
         return f"{self.method} at {', '.join(site.name for site in places)}"
 
-    def _keys(self, model: nn.Module, places: Sequence[Site]) -> set[str]:
-        aliases = _aliases(model)
-        names = {n for site in places for n in aliases.get(_place(site), {_place(site)})}
-        return {f"{self._identity}@{name}" for name in names}
+    def _keys(self, model: nn.Module, places: Iterable[Site]) -> frozenset[str]:
+        return place_keys(model, [(self, site) for site in places])
 
     def _places(self, model: nn.Module, sites: str | Sequence[str] | None) -> list[Site]:
         if not isinstance(model, nn.Module):
@@ -442,6 +486,29 @@ class ModelEraser(Eraser):
         """Change the weights in place and return the way back."""
 
 
+def place_keys(
+    model: nn.Module, pairs: Iterable[tuple[RepresentationEraser, Site]]
+) -> frozenset[str]:
+    """Return the keys of an edit: one for each eraser and place, all names of the place included.
+
+    Places are named relative to the base of the model, so that they are the same with its head and without.
+
+    Raises:
+        EditError: If an eraser stands twice at one place.
+    """
+    aliases = _aliases(model)
+    prefix = base_of(model)[0]
+    keys: set[str] = set()
+    for eraser, site in pairs:
+        names = aliases.get(_place(site), frozenset({_place(site)}))
+        below = {name.removeprefix(f"{prefix}.") if prefix else name for name in names}
+        added = {f"{eraser._identity}@{name}" for name in below}
+        if keys & added:
+            raise EditError(f"the same eraser is given twice for one place, {site.name!r}")
+        keys |= added
+    return frozenset(keys)
+
+
 def _apply_map(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(x)
 
@@ -480,6 +547,8 @@ def _check_same_space(own: Space, other: Space) -> None:
         what = f"at {own.site!r}, not at {other.site!r}"
     elif own.width != other.width:
         what = f"on width {own.width}, not {other.width}"
+    elif own.tokens not in (other.tokens, "all"):
+        what = f"on tokens={own.tokens!r}, not on tokens={other.tokens!r}"
     else:
         return
     raise SpaceError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from concept_erasure.errors import EditError
 from concept_erasure.linalg import LowRankAffine, statistics_dtype
 from concept_erasure.patches import BiasPatch, DensePatch, Patch, check_writable
-from concept_erasure.sites import Site
+from concept_erasure.sites import Site, as_out_in
 
 __all__ = ["Bias", "fold_patches"]
 
@@ -35,8 +35,8 @@ def fold_patches(
         sites: Where.
         function: The map, of the sites' width.
         bias: What to do where its offset needs a bias that a module lacks: ``"auto"`` adds one if the
-            architecture's configuration can, so that saving and loading keeps it, ``"add"`` adds it anyhow,
-            ``"refuse"`` never.
+            architecture's configuration can, so that saving and loading keeps it, and refuses otherwise;
+            ``"add"`` does the same and, where the configuration cannot, adds it in memory; ``"refuse"`` adds none.
 
     Raises:
         EditError: If no linear module is the only writer, or the only readers, of an activation, a weight cannot
@@ -75,20 +75,18 @@ def fold_patches(
     return patches
 
 
-def _wide(model: nn.Module, path: str) -> tuple[Tensor, bool]:
-    """Return the weight ``(out, in)`` in the widest dtype of its device, and whether it is stored so."""
-    module = model.get_submodule(path)
+def _wide(model: nn.Module, path: str) -> Tensor:
+    """Return the weight ``(out, in)`` in the widest dtype of its device."""
     weight = check_writable(model, f"{path}.weight").detach()
     weight = weight.to(statistics_dtype(weight.device))
-    turned = type(module).__name__ == "Conv1D"  # GPT-2 stores (in, out)
-    return (weight.T if turned else weight), turned
+    return as_out_in(model.get_submodule(path), weight)
 
 
 def _weight(model: nn.Module, *, path: str, function: LowRankAffine, writing: bool) -> Tensor:
-    weight, turned = _wide(model, path)
+    weight = _wide(model, path)
     wide = LowRankAffine(function.left, function.right).to(weight.device, weight.dtype)
     folded, _ = (wide.fold_writing if writing else wide.fold_reading)(weight, None)
-    return folded.T if turned else folded
+    return as_out_in(model.get_submodule(path), folded)
 
 
 def _bias(model: nn.Module, *, path: str, function: LowRankAffine, writing: bool) -> Tensor:
@@ -97,8 +95,7 @@ def _bias(model: nn.Module, *, path: str, function: LowRankAffine, writing: bool
     bias = bias.to(wide.left.dtype)
     if writing:
         return bias - wide.left @ (wide.right.T @ bias) + wide.offset
-    weight, _ = _wide(model, path)
-    return bias + weight @ wide.offset
+    return bias + _wide(model, path) @ wide.offset
 
 
 def _bias_patches(model: nn.Module, paths: Iterable[str], bias: Bias) -> list[Patch]:

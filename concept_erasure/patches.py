@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ __all__ = [
     "HookPatch",
     "LowRankPatch",
     "Patch",
+    "WatchedPatch",
     "check_writable",
 ]
 
@@ -62,6 +63,15 @@ class Patch(Protocol):
 
     def commit(self) -> None:
         """Drop what is kept for the way back."""
+        ...
+
+
+@runtime_checkable
+class WatchedPatch(Protocol):
+    """A patch that knows whether somebody else wrote where it did."""
+
+    def changed(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the targets that hold something else than the patch left there: `undo` discards it."""
         ...
 
 
@@ -105,6 +115,23 @@ def _norm(change: Tensor) -> float:
     return float(torch.linalg.vector_norm(change.detach(), dtype=dtype))
 
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _mark(value: Tensor) -> tuple[torch.dtype, int]:
+    """Return the dtype and the sum of the bits of a tensor.
+
+    Version counters will not do: fused optimizers and ``.data`` do not move them, later edits do.
+    """
+    bits = value.detach().contiguous().view(_INTEGERS[value.element_size()])
+    return value.dtype, int(bits.sum(dtype=torch.int64))
+
+
+def _differs(value: Tensor, written: tuple[torch.dtype, int] | None) -> bool:
+    """Say whether other numbers stand where a patch has written; a cast in between cannot be told."""
+    return written is not None and value.dtype == written[0] and _mark(value) != written
+
+
 @dataclass
 class DensePatch:
     """Replace a parameter by ``value`` (same shape); keeps the original.
@@ -118,6 +145,7 @@ class DensePatch:
     target: str
     value: Tensor | Callable[[nn.Module], Tensor] | None
     _original: Tensor | None = field(default=None, repr=False)
+    _written: tuple[torch.dtype, int] | None = field(default=None, repr=False)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -146,12 +174,17 @@ class DensePatch:
         self._original = parameter.detach().clone()
         with torch.no_grad():
             parameter.copy_(cast)
+        self._written = _mark(parameter)
         self.value = None
         return _norm(cast - self._original)
 
     def before(self, value: Tensor | None) -> Tensor | None:
         """Return the original."""
         return self._original
+
+    def changed(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the target if something else was written there since."""
+        return self.targets if _differs(model.get_parameter(self.target), self._written) else ()
 
     def undo(self, model: nn.Module) -> None:
         """Restore every bit."""
@@ -211,6 +244,10 @@ class LowRankPatch:
         """Return the original."""
         return value if self._dense is None else self._dense.before(value)
 
+    def changed(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the target if something else was written there since."""
+        return () if self._dense is None else self._dense.changed(model)
+
     def undo(self, model: nn.Module) -> None:
         """Restore every bit."""
         if self._dense is not None:
@@ -229,6 +266,7 @@ class ColumnPatch:
     columns: Tensor
     values: Tensor
     _original: Tensor | None = field(default=None, repr=False)
+    _written: tuple[torch.dtype, int] | None = field(default=None, repr=False)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -259,6 +297,7 @@ class ColumnPatch:
         self._original = parameter.detach()[:, columns].clone()
         with torch.no_grad():
             parameter[:, columns] = cast
+        self._written = _mark(parameter.detach()[:, columns])
         return _norm(cast - self._original)
 
     def before(self, value: Tensor | None) -> Tensor | None:
@@ -268,6 +307,12 @@ class ColumnPatch:
         whole = value.clone()
         whole[:, self.columns.to(whole.device)] = self._original.to(whole.device)
         return whole
+
+    def changed(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the target if something else was written into the columns since."""
+        parameter = model.get_parameter(self.target).detach()
+        held = parameter[:, self.columns.to(parameter.device)]
+        return self.targets if _differs(held, self._written) else ()
 
     def undo(self, model: nn.Module) -> None:
         """Restore every bit."""
@@ -299,6 +344,7 @@ class BiasPatch:
     values: Mapping[str, Tensor | None]
     settings: Mapping[str, object] = field(default_factory=dict)
     _settings_before: dict[str, object] = field(default_factory=dict, repr=False)
+    _written: dict[str, tuple[torch.dtype, int]] = field(default_factory=dict, repr=False)
 
     @property
     def target(self) -> str:
@@ -342,6 +388,9 @@ class BiasPatch:
             module.bias = nn.Parameter(bias.clone(), requires_grad=module.weight.requires_grad)
             # remembered by the parameter, so that a later fold does not rely on it being saved
             module.bias.in_memory_only = not self.settings  # type: ignore[attr-defined]
+        self._written = {
+            f"{path}.bias": _mark(model.get_parameter(f"{path}.bias")) for path in self.values
+        }
         for name, setting in self.settings.items():
             holder, leaf = _setting(model, name)
             setattr(holder, leaf, setting)
@@ -350,6 +399,11 @@ class BiasPatch:
     def before(self, value: Tensor | None) -> Tensor | None:
         """Return None: there was no bias."""
         return None
+
+    def changed(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the biases into which something else was written since."""
+        written = self._written.items()
+        return tuple(name for name, mark in written if _differs(model.get_parameter(name), mark))
 
     def undo(self, model: nn.Module) -> None:
         """Take the biases away and put the configuration back."""
@@ -404,6 +458,15 @@ class HookPatch:
     def before(self, value: Tensor | None) -> Tensor | None:
         """Return the value: no parameter is touched."""
         return value
+
+    def changed(self, model: nn.Module) -> tuple[str, ...]:
+        """No parameter is touched."""
+        return ()
+
+    @property
+    def handle_id(self) -> int | None:
+        """Number of the hook among those of its module; None while there is none."""
+        return None if self._handle is None else self._handle.id
 
     def undo(self, model: nn.Module) -> None:
         """Restore every bit."""

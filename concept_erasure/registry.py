@@ -100,6 +100,30 @@ METHODS: dict[str, Method] = {
             summary="Guard the concept and keep the covariance with a task.",
             paper="Holstege, Ravfogel and Wouters 2025",
         ),
+        Method(
+            name="sal",
+            family="linear",
+            target="concept_erasure.linear.sal:SalEraser",
+            guarantees=frozenset({"guarded", "idempotent", "orthogonal", "mean_preserving"}),
+            summary="Remove the strongest left singular vectors of the cross-covariance, all by default.",
+            paper="Shao, Ziser and Cohen 2023, arXiv:2203.07893",
+        ),
+        Method(
+            name="mean-projection",
+            family="linear",
+            target="concept_erasure.linear.mean_projection:MeanProjectionEraser",
+            guarantees=frozenset({"guarded", "idempotent", "orthogonal", "mean_preserving"}),
+            summary="Project off the differences of class means; as directional ablation also in the weights.",
+            paper="Arditi et al. 2024, arXiv:2406.11717",
+        ),
+        Method(
+            name="inlp",
+            family="linear",
+            target="concept_erasure.linear.inlp:InlpEraser",
+            guarantees=frozenset({"idempotent", "orthogonal", "mean_preserving"}),
+            summary="Remove the weights of one linear classifier after another; a baseline that removes too much.",
+            paper="Ravfogel et al. 2020, arXiv:2004.07667",
+        ),
     )
 }
 

@@ -28,7 +28,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from concept_erasure.errors import FormatError, SiteNotFoundError
 __all__ = [
     "Site",
     "Space",
+    "as_out_in",
+    "base_of",
     "find_sites",
     "fingerprint",
     "hook",
@@ -179,17 +181,24 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def as_out_in(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the weight of a linear module as (out, in), or such a weight as the module stores it.
+
+    GPT-2's `Conv1D` stores (in, out), all others (out, in); going and coming back are the same step.
+    """
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """Return (in, out) of a linear module; `Conv1D` keeps its weight as (in, out)."""
+    """Return (in, out) of a linear module."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    weight = module.weight
-    rows, columns = (int(s) for s in weight.shape)  # type: ignore[union-attr]
-    return rows, columns
+    out, inner = as_out_in(module, cast("Tensor", module.weight)).shape
+    return int(inner), int(out)
 
 
 def _shared(model: nn.Module) -> frozenset[int]:
@@ -446,6 +455,7 @@ def resolve(model: nn.Module, patterns: str | Sequence[str]) -> list[Site]:
         model: the model.
         patterns: site names (`residual.3`), shell patterns over them (`norm?.*`), or module paths
             and patterns over those (`model.layers.*.mlp`), which stand for the module's output.
+            A linear module that shares no weight is the writer of its own output.
 
     Returns:
         Each site once, in the order of the patterns, and of the forward pass within a pattern.
@@ -499,11 +509,21 @@ def _by_path(
     paths = [p for p in modules if p == pattern]
     paths = paths or [p for p in modules if fnmatch.fnmatchcase(p, pattern)]
     useless = {path: _useless(model.get_submodule(path)) for path in paths}
-    hits = [Site(p, p, "module") for p, reason in useless.items() if reason is None]
+    useful = [path for path, reason in useless.items() if reason is None]
+    shared = _shared(model) if useful else frozenset()
+    hits = [Site(p, p, "module", writer=_own_writer(model, p, shared)) for p in useful]
     if useless and not hits:
         path, reason = next(iter(useless.items()))
         raise SiteNotFoundError(_advice(model, path, f"{reason}", sites))
     return hits
+
+
+def _own_writer(model: nn.Module, path: str, shared: frozenset[int]) -> str | None:
+    """Return the path if it is a plain linear module that shares no parameter, whose output it writes."""
+    module = model.get_submodule(path)
+    plain = not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
+    free = not any(id(p) in shared for p in module.parameters())
+    return path if _is_linear(module) and plain and free else None
 
 
 def _useless(module: nn.Module) -> str | None:
@@ -626,6 +646,23 @@ def model_id(model: nn.Module) -> str:
     return str(getattr(config, "_name_or_path", "") or type(model).__name__)
 
 
+def base_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """Return the path and the module of a model without its heads and wrappers.
+
+    All views of one model (with a head, without, with adapters around it) have the same base;
+    a module that says nothing of a `base_model` inside it is its own, at path `""`.
+    """
+    path, inner = "", model
+    while True:
+        base = getattr(inner, "base_model", None)
+        if not isinstance(base, nn.Module) or base is inner:
+            return path, inner
+        step = next((p for p, module in inner.named_modules() if module is base), "")
+        if not step:
+            return path, inner
+        path, inner = f"{path}.{step}" if path else step, base
+
+
 def fingerprint(model: nn.Module) -> str:
     """Return a cheap sha256 of a model: names, shapes and 16 values of every parameter.
 
@@ -635,8 +672,7 @@ def fingerprint(model: nn.Module) -> str:
     those off-loaded to the meta device have no values to read. The head is left out: hidden states
     do not depend on it, and one checkpoint is one model with or without it.
     """
-    base = getattr(model, "base_model", None)
-    inner = base if isinstance(base, nn.Module) else model
+    _, inner = base_of(model)
     digest = hashlib.sha256()
     pieces: list[Tensor] = []
     for name, parameter in sorted(inner.named_parameters(), key=lambda item: item[0]):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from concept_erasure.collect import collect, select
+from concept_erasure.collect import collect, fit_streaming
 from concept_erasure.evals._demo import Bars, Data, Sizes, probe_interval, probe_rows, read_data
 from concept_erasure.evals.language import TokenizerLike, continuation_gap, perplexity
 from concept_erasure.evals.plots import concept_plane, plot_accuracy, plot_planes
@@ -18,16 +18,12 @@ from concept_erasure.evals.texts import NEUTRAL_SENTENCES, Split, cued_prompts, 
 from concept_erasure.linear.leace import LeaceEraser, LeaceFitter
 from concept_erasure.probes import wilson_interval
 from concept_erasure.report import Cell, Interval, Report
-from concept_erasure.sites import Space, find_sites, fingerprint, hook, model_id, resolve
+from concept_erasure.sites import find_sites, model_id
 
 __all__ = ["behaviour", "fit_in_order", "language_report", "residual_sites"]
 
 Tick = Callable[[int], object]
 GENDERS = ("feminine", "masculine")
-
-
-class _Reached(Exception):  # noqa: N818 it is a signal, not an error
-    """The forward pass has reached the site that is read; the rest of it is not needed."""
 
 
 def residual_sites(model: nn.Module, layers: Sequence[int]) -> list[str]:
@@ -44,50 +40,6 @@ def residual_sites(model: nn.Module, layers: Sequence[int]) -> list[str]:
             f"layers must lie in 0 ... {len(names) - 1} (or count from the end), got {layers}"
         ) from error
     return [name for name in names if name in chosen]
-
-
-def _fit_one(
-    model: nn.Module,
-    tokenizer: TokenizerLike,
-    data: Data,
-    site: str,
-    size: int,
-    tick: Tick,
-) -> tuple[LeaceEraser, Tensor]:
-    """Return the eraser of one site and the last tokens' activations there, shape ``[n, d]``.
-
-    The concept is read at last tokens; all tokens go into the metric. Each pass stops at the site.
-    """
-    place = resolve(model, site)[0]
-    device = next(model.parameters()).device
-    fitter: LeaceFitter | None = None
-    found: list[Tensor] = []
-    for start in range(0, len(data.items), size):
-        part = data.texts[start : start + size]
-        batch = tokenizer(part, padding=True, return_tensors="pt")
-        ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-
-        def keep(x: Tensor, mask: Tensor = mask, start: int = start) -> None:
-            nonlocal fitter
-            last = select(x, mask, "last").clone()
-            names = [GENDERS[g] for g in data.gender[start : start + size].tolist()]
-            fitter = fitter or LeaceFitter(last.shape[1], 2, classes=GENDERS)
-            fitter.update(last, names).update_background(x, mask=mask)
-            found.append(last)
-            raise _Reached
-
-        handle = hook(model, place, keep)
-        try:
-            with torch.inference_mode():
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        tick(len(part))
-    if fitter is None:
-        raise ValueError("there are no texts to fit on")
-    return fitter.eraser, torch.cat(found)
 
 
 def fit_in_order(
@@ -121,16 +73,34 @@ def fit_in_order(
     Returns:
         Erasers and the erased activations of the fit's texts, by site.
     """
-    name, mark = model_id(model), fingerprint(model)
+    names = [GENDERS[g] for g in data.gender.tolist()]
     erasers: dict[str, LeaceEraser] = {}
-    erased: dict[str, Tensor] = {}
-    with bars.bar("fitting erasers", len(data.items) * len(sites)) as tick:
+    with bars.bar("fitting erasers", len(data.items) * (len(sites) + 1)) as tick:
         for site in sites:
-            fitted, x = _fit_one(model, tokenizer, data, site, batch_size, tick)
-            eraser = fitted.with_space(Space(name, mark, site, "last", x.shape[1]))
-            stack.enter_context(eraser.attach(model))
-            erasers[site], erased[site] = eraser, eraser(x)
+            fitters = fit_streaming(
+                model, tokenizer, data.texts, names, sites=site, fitter=_fitter, background=True,
+                batch_size=batch_size, progress=_counted(tick),
+            )  # fmt: skip
+            erasers[site] = fitters[site].eraser
+            stack.enter_context(erasers[site].attach(model))
+        erased = _collect(model, tokenizer, data, sites, batch_size, tick)
     return erasers, erased
+
+
+def _fitter(width: int) -> LeaceFitter:
+    return LeaceFitter(width, 2, classes=GENDERS)
+
+
+def _counted(tick: Tick) -> Callable[[int, int], None]:
+    """Return a progress function that passes on how many texts were done since the last call."""
+    done = 0
+
+    def progress(count: int, total: int) -> None:
+        nonlocal done
+        tick(count - done)
+        done = count
+
+    return progress
 
 
 def behaviour(
@@ -183,15 +153,8 @@ def _collect(
     size: int,
     tick: Tick,
 ) -> dict[str, Tensor]:
-    done = 0
-
-    def progress(count: int, total: int) -> None:
-        nonlocal done
-        tick(count - done)
-        done = count
-
     found = collect(
-        model, tokenizer, data.texts, sites=list(sites), batch_size=size, progress=progress
+        model, tokenizer, data.texts, sites=list(sites), batch_size=size, progress=_counted(tick)
     )
     return {site: item.x for site, item in found.items()}
 

@@ -19,9 +19,12 @@ from concept_erasure.report import Interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["concept_plane", "plot_accuracy", "plot_planes"]
+    from concept_erasure.probes import ProbeResult
+
+__all__ = ["concept_plane", "plot_accuracy", "plot_layers", "plot_planes", "plot_tradeoff"]
 
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057")
+_MARKERS = ("o", "s", "^", "D")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -168,6 +171,103 @@ def plot_accuracy(
     panel.set_ylabel("accuracy on unseen texts")
     panel.set_title(title)
     panel.legend(frameon=False, fontsize="small")
+    return _write(figure, path)
+
+
+def plot_layers(
+    results: Mapping[str, ProbeResult],
+    path: str | Path,
+    *,
+    after: Mapping[str, ProbeResult] | None = None,
+    name: str = "probe",
+    title: str = "",
+) -> Path:
+    """Draw what `concept_erasure.probes.probe_layers` returns, site by site.
+
+    Args:
+        results: Site to result.
+        path: Where the picture goes; the ending says the format.
+        after: The same sites after an erasure, drawn dashed.
+        name: What to call the probe.
+        title: Heading.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If there are no results, or ``after`` has other sites.
+    """
+    if not results:
+        raise ValueError("there are no results to draw; probe at least one site")
+    if after is not None and list(after) != list(results):
+        raise ValueError(
+            f"after must have the sites of the results in their order, got {list(after)} and "
+            f"{list(results)}"
+        )
+    if after is None:
+        series = {name: _intervals(results)}
+    else:
+        series = {f"{name}, before": _intervals(results), f"{name}, after": _intervals(after)}
+    chance = max(result.majority for result in results.values())
+    return plot_accuracy(series, list(results), path, chance=chance, title=title)
+
+
+def _intervals(results: Mapping[str, ProbeResult]) -> list[Interval]:
+    return [Interval(result.accuracy, result.low, result.high) for result in results.values()]
+
+
+def plot_tradeoff(
+    leaks: Mapping[str, Mapping[str, Interval]],
+    edits: Mapping[str, float],
+    path: str | Path,
+    *,
+    chance: float = 0.0,
+    title: str = "",
+    leak_label: str = "leak",
+) -> Path:
+    """Draw leak against size of edit: a panel a probe, a point with its interval a method.
+
+    Args:
+        leaks: Probe to method to leak.
+        edits: Method to size of edit, for every method in ``leaks``.
+        path: Where the picture goes; the ending says the format.
+        chance: Leak of a probe that reads nothing, a grey line.
+        title: Heading.
+        leak_label: What the leak is measured in.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If there is nothing to draw, or a method has no size of edit.
+    """
+    methods = list(dict.fromkeys(name for rows in leaks.values() for name in rows))
+    if not methods:
+        raise ValueError("there is nothing to draw; measure at least one method")
+    if lacking := [name for name in methods if name not in edits]:
+        raise ValueError(f"no size of edit for {', '.join(lacking)}; give one for every method")
+    figure = _figure(1.0 + 3.6 * len(leaks), 4.2)
+    panels = figure.subplots(1, len(leaks), sharex=True, squeeze=False, sharey=True)[0]
+    for panel, (probe, rows) in zip(panels, leaks.items(), strict=True):
+        panel.axhline(chance, color="grey", linewidth=1, linestyle=":")
+        for method, leak in rows.items():
+            place = methods.index(method)
+            panel.errorbar(
+                [edits[method]],
+                [leak.value],
+                yerr=[[max(0.0, leak.value - leak.low)], [max(0.0, leak.high - leak.value)]],
+                fmt=_MARKERS[place // len(_COLORS) % len(_MARKERS)],
+                color=_COLORS[place % len(_COLORS)],
+                capsize=3,
+                label=method,
+            )
+        panel.set_title(probe)
+        panel.set_xlabel("size of edit, share of the variance")
+    panels[0].set_ylabel(leak_label)
+    panels[-1].legend(frameon=False, fontsize="small")
+    figure.suptitle(title)
     return _write(figure, path)
 
 

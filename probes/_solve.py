@@ -1,4 +1,4 @@
-"""Minimise smooth convex functions: L-BFGS, and coordinates in which it needs few steps."""
+"""Minimise smooth convex functions by L-BFGS, and the units of features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from torch import Tensor
 from concept_erasure.errors import ErasureWarning
 
 __all__ = [
-    "Coordinates",
     "Objective",
     "Solution",
     "Standardize",
     "Units",
     "check_penalty",
     "check_standardize",
-    "coordinates",
     "minimise",
     "units",
     "warn_unless_converged",
@@ -33,56 +31,6 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _ARMIJO = 1e-4
 _CURVATURE = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class Coordinates:
-    """A change of variables ``w = basis @ v`` in which the curvature is about one.
-
-    Attributes:
-        u: The data in the new coordinates, ``(x - mean) @ basis``, shape ``[n, r]``.
-        mean: Mean of the data, shape ``[d]``.
-        basis: Orthogonal columns, shape ``[d, r]`` with ``r = min(n, d)``.
-        penalty: What ``ridge * |w|^2`` becomes: ``sum(penalty * v^2)``, shape ``[r]``.
-    """
-
-    u: Tensor
-    mean: Tensor
-    basis: Tensor
-    penalty: Tensor
-
-    def original(self, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Return coefficients ``[k, d]`` and intercepts ``[k]`` for the data as it was given."""
-        coef = v @ self.basis.T
-        return coef, bias - coef @ self.mean
-
-
-def coordinates(x: Tensor, *, ridge: float, curvature: float) -> Coordinates:
-    """Centre the data and rotate and scale it so that L-BFGS converges fast.
-
-    The objective is ``mean(loss(x @ w)) + ridge / 2 * |w|^2`` with ``loss'' <= curvature``: its
-    Hessian is at most ``curvature * covariance + ridge``, which the new coordinates turn into the
-    identity. The minimum is the same one. O(n d min(n, d)) time, O(n d) memory.
-
-    Args:
-        x: Data, shape ``[n, d]``.
-        ridge: Weight of the squared norm, positive.
-        curvature: Bound of the second derivative of the loss.
-
-    Returns:
-        The data in the new coordinates and the way back.
-    """
-    n, d = x.shape
-    mean = x.mean(dim=0)
-    centred = x - mean
-    if n >= d:
-        values, vectors = torch.linalg.eigh(centred.T @ centred / n)
-    else:
-        _, singular, rows = torch.linalg.svd(centred, full_matrices=False)
-        values, vectors = singular.square() / n, rows.T
-    hessian = curvature * values.clamp(min=0) + ridge
-    basis = vectors / hessian.sqrt()
-    return Coordinates(u=centred @ basis, mean=mean, basis=basis, penalty=ridge / hessian)
 
 
 @dataclass(frozen=True, slots=True)

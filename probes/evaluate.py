@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from concept_erasure.probes._data import (
     read_vectors,
 )
 from concept_erasure.probes._fitted import FittedProbe, Probe, training_data
+from concept_erasure.probes.centroid import CentroidProbe
+from concept_erasure.probes.kernel import KernelProbe
 from concept_erasure.probes.linear import LinearProbe
 from concept_erasure.probes.mlp import MlpProbe
 from concept_erasure.probes.svm import SvmProbe
@@ -28,9 +31,12 @@ __all__ = [
     "PROBES",
     "ControlResult",
     "ProbeResult",
+    "SelectivityResult",
     "control",
     "cross_validate",
     "evaluate",
+    "fresh_probe",
+    "selectivity",
     "wilson_interval",
 ]
 
@@ -39,6 +45,8 @@ PROBES: Mapping[str, Callable[[int], Probe]] = MappingProxyType(
         "linear": lambda seed: LinearProbe(),
         "svm": lambda seed: SvmProbe(),
         "mlp": lambda seed: MlpProbe(seed=seed),
+        "centroid": lambda seed: CentroidProbe(),
+        "kernel": lambda seed: KernelProbe(seed=seed),
     }
 )
 """Probes by name, each made from a seed."""
@@ -69,6 +77,9 @@ class ProbeResult:
         log_loss_high: Upper end.
         groups: Groups tested; None when vectors were taken for independent. With groups both intervals
             use the spread over groups, so many tokens of few texts do not feign certainty.
+        balanced_low: Lower end of the 95 % interval of ``balanced_accuracy``, from the Wilson intervals of
+            the classes.
+        balanced_high: Upper end.
     """
 
     accuracy: float
@@ -84,6 +95,8 @@ class ProbeResult:
     log_loss_low: float | None = None
     log_loss_high: float | None = None
     groups: int | None = None
+    balanced_low: float | None = None
+    balanced_high: float | None = None
 
     @property
     def beats_majority(self) -> bool:
@@ -185,6 +198,54 @@ class ControlResult:
         return [run.log_loss for run in self.runs if run.log_loss is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class SelectivityResult:
+    """How much of a probe's accuracy is the concept, and how much its own capacity to memorise.
+
+    Attributes:
+        result: The probe on the concept.
+        control: The same probe on the control task.
+    """
+
+    result: ProbeResult
+    control: ControlResult
+
+    @property
+    def selectivity(self) -> float:
+        """Accuracy minus mean control accuracy; near zero, the probe memorises as well as it reads."""
+        return self.result.accuracy - self.control.accuracy
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the difference (Newcombe 1998, hybrid score).
+
+        The control's own interval is averaged over its runs, so more runs do not narrow it.
+        """
+        count = len(self.control.runs)
+        below = sum(run.high - run.accuracy for run in self.control.runs) / count
+        above = sum(run.accuracy - run.low for run in self.control.runs) / count
+        low = math.hypot(self.result.accuracy - self.result.low, below)
+        high = math.hypot(self.result.high - self.result.accuracy, above)
+        return max(-1.0, self.selectivity - low), min(1.0, self.selectivity + high)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return selectivity, interval and both results as JSON-ready values."""
+        return {
+            "selectivity": self.selectivity,
+            "interval": list(self.interval),
+            "result": self.result.to_dict(),
+            "control": self.control.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        """Return one line for people."""
+        low, high = self.interval
+        return (
+            f"selectivity {self.selectivity:.1%} [{low:.1%}, {high:.1%}]: accuracy "
+            f"{self.result.accuracy:.1%}, {self.control.accuracy:.1%} on the control task"
+        )
+
+
 def wilson_interval(correct: int, n: int, *, normal: float = _NORMAL_975) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion (Wilson 1927).
 
@@ -234,7 +295,7 @@ def evaluate(
         z_train: Their class labels, length ``n``.
         x_test: Vectors to test on, shape ``[m, d]``.
         z_test: Their labels, length ``m``; each must occur in ``z_train``.
-        probe: ``"linear"``, ``"svm"``, ``"mlp"``, or a configured probe.
+        probe: A name in `PROBES`, or a configured probe.
         seed: For probes given by name; a configured probe has its own.
         groups: Group (such as the text) of each vector of the two sets, lengths ``n`` and ``m``; a group in
             both is refused, and the intervals are those of independent groups.
@@ -257,8 +318,8 @@ def evaluate(
         )
     labels = read_labels(z_test, n=len(test), name="z_test")
     test_index, _ = index_labels(labels, classes, device=test.device)
-    train_groups, test_groups = _two_groups(groups, len(matrix), len(test))
-    fitted = _fit(_make(probe, seed), matrix, _labels(index, classes), train_groups)
+    train_groups, test_groups = two_groups(groups, len(matrix), len(test))
+    fitted = fit_probe(make_probe(probe, seed), matrix, _labels(index, classes), train_groups)
     return _pool([_score(fitted, test, test_index, index)], test_groups)
 
 
@@ -276,7 +337,7 @@ def cross_validate(
     Args:
         x: Vectors, shape ``[n, d]``.
         z: Class labels, length ``n``; at least two examples per class.
-        probe: ``"linear"``, ``"svm"``, ``"mlp"``, or a configured probe.
+        probe: A name in `PROBES`, or a configured probe.
         folds: Parts, 2 to ``n``. Higher trains on more data and takes longer.
         seed: Determines the parts, and a probe given by name.
         groups: Group (such as the text) of each vector, length ``n``; the vectors of one group stay in one
@@ -300,12 +361,12 @@ def cross_validate(
     matrix, index, classes = training_data(x, z)
     group = None if groups is None else read_groups(groups, n=len(matrix)).to(index.device)
     part = _folds(index, classes, folds, seed, group)
-    model = _make(probe, seed)
+    model = make_probe(probe, seed)
     scores, order = [], []
     for fold in range(folds):
         test = part == fold
         rest = None if group is None else group[~test]
-        fitted = _fit(model, matrix[~test], _labels(index[~test], classes), rest)
+        fitted = fit_probe(model, matrix[~test], _labels(index[~test], classes), rest)
         scores.append(_score(fitted, matrix[test], index[test], index[~test]))
         order.append(test.nonzero().flatten())
     return _pool(scores, None if group is None else group[torch.cat(order)])
@@ -326,7 +387,7 @@ def control(
     Args:
         x: Vectors, shape ``[n, d]``.
         z: Class labels, length ``n``; they are permuted.
-        probe: ``"linear"``, ``"svm"``, ``"mlp"``, or a configured probe.
+        probe: A name in `PROBES`, or a configured probe.
         folds: Parts of the cross-validation.
         seed: Determines the permutations and the parts.
         n_permutations: How many shuffles. Higher shows the spread and takes longer in proportion.
@@ -354,6 +415,150 @@ def control(
     return ControlResult(tuple(runs))
 
 
+def selectivity(
+    x: Vectors,
+    z: object,
+    *,
+    types: object = None,
+    probe: str | Probe = "linear",
+    folds: int = 5,
+    seed: int = 0,
+    n_controls: int = 1,
+    groups: object = None,
+) -> SelectivityResult:
+    """Compare a probe's accuracy with its accuracy on a control task (Hewitt and Liang 2019).
+
+    The control task gives every type (such as a word) one label, drawn from the labels of the concept. Only a
+    probe that memorises the types can solve it.
+
+    Args:
+        x: Vectors, shape ``[n, d]``.
+        z: Class labels, length ``n``.
+        types: Type of each vector, length ``n``: strings or integers; default: equal vectors are of one type.
+            Where no type occurs twice there is nothing to memorise and the control is the majority rate.
+        probe: A name in `PROBES`, or a configured probe.
+        folds: Parts of both cross-validations.
+        seed: Determines the parts, the control labels, and a probe given by name.
+        n_controls: Control tasks to average over.
+        groups: As in `cross_validate`.
+
+    Returns:
+        Both accuracies and their difference.
+
+    Raises:
+        ShapeError: If the shapes are wrong or disagree.
+        TypeError: If vectors, labels or types are of the wrong kind.
+        ValueError: As `cross_validate`, if ``n_controls`` is below 1, or there are too few types for a
+            control task with two classes.
+
+    Reference:
+        Hewitt and Liang 2019, "Designing and Interpreting Probes with Control Tasks", arXiv:1909.03368.
+    """
+    if n_controls < 1:
+        raise ValueError(f"n_controls must be at least 1, got {n_controls}")
+    matrix, index, classes = training_data(x, z)
+    if types is None:
+        kind = torch.unique(matrix, dim=0, return_inverse=True)[1]
+    else:
+        kind = read_groups(types, n=len(matrix)).to(index.device)
+    result = cross_validate(matrix, z, probe=probe, folds=folds, seed=seed, groups=groups)
+    generator = torch.Generator().manual_seed(seed)
+    runs = []
+    for i in range(n_controls):
+        labels = _labels(_control_task(index, kind, generator), classes)
+        runs.append(
+            cross_validate(matrix, labels, probe=probe, folds=folds, seed=seed + i, groups=groups)
+        )
+    return SelectivityResult(result, ControlResult(tuple(runs)))
+
+
+def _control_task(index: Tensor, kind: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw one label for each type; every label that occurs does so at least twice."""
+    count = int(kind.max()) + 1
+    for _ in range(100):
+        drawn = torch.randint(len(index), (count,), generator=generator).to(index.device)
+        labels = index[drawn][kind]
+        sizes = torch.bincount(labels)
+        sizes = sizes[sizes > 0]
+        if len(sizes) > 1 and int(sizes.min()) > 1:
+            return labels
+    raise ValueError(
+        f"no control task has two classes with two vectors each, got {count} types of "
+        f"{len(index)} vectors; types must be finer than the classes, such as words"
+    )
+
+
+def fresh_probe(
+    eraser: Callable[[Tensor], Tensor],
+    x_train: Vectors,
+    z_train: object,
+    x_test: Vectors,
+    z_test: object,
+    *,
+    probe: str | Probe = "linear",
+    seed: int = 0,
+    groups: tuple[object, object] | None = None,
+) -> ProbeResult:
+    """Train a fresh probe on erased vectors the eraser never saw: the number to report.
+
+    On the rows an eraser was fitted on, a guarded concept is gone by construction; what it leaves in others
+    only shows to a probe that is itself trained on others. Neither set may hold rows of the eraser's fit.
+
+    Args:
+        eraser: A fitted eraser, or any map ``[n, d] -> [n, d]``.
+        x_train: Vectors to train the probe on, before erasure, shape ``[n, d]``.
+        z_train: Their class labels, length ``n``.
+        x_test: Vectors to test the probe on, before erasure, shape ``[m, d]``.
+        z_test: Their labels, length ``m``; each must occur in ``z_train``.
+        probe: A name in `PROBES`, or a configured probe.
+        seed: For probes given by name.
+        groups: As in `evaluate`.
+
+    Returns:
+        The result on the test set, with the 95 % intervals of accuracy and log-loss.
+
+    Raises:
+        ShapeError: If the shapes are wrong or disagree.
+        TypeError: If vectors or labels are of the wrong kind, or the eraser needs labels when it erases:
+            what its output tells of them is not a leak of the vectors.
+        ValueError: As `evaluate`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.linspace(-1, 1, 40)[:, None]
+        >>> z = x[:, 0] > 0
+        >>> result = fresh_probe(lambda x: 0 * x, x[::2], z[::2], x[1::2], z[1::2])
+        >>> result.beats_majority
+        False
+    """
+    required = required_inputs(eraser)
+    if len(required) > 1:
+        raise TypeError(
+            f"the eraser needs {', '.join(required)} when it erases, so what a probe reads from its output may "
+            "be the labels that went in; probe an eraser that takes vectors only"
+        )
+    with torch.no_grad():
+        train, test = (
+            eraser(read_vectors(x, name=name))
+            for x, name in ((x_train, "x_train"), (x_test, "x_test"))
+        )
+    return evaluate(train, z_train, test, z_test, probe=probe, seed=seed, groups=groups)
+
+
+def required_inputs(eraser: Callable[..., object]) -> list[str]:
+    """Return the names of the arguments a call of an eraser cannot do without."""
+    try:
+        parameters = inspect.signature(eraser).parameters.values()
+    except ValueError:  # built-in functions do not tell
+        return []
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    ]
+
+
 def _permuted(index: Tensor, group: Tensor | None, generator: torch.Generator) -> Tensor:
     """Permute labels between vectors, or between groups when each has one label."""
     if group is None:
@@ -365,7 +570,7 @@ def _permuted(index: Tensor, group: Tensor | None, generator: torch.Generator) -
     return labels[torch.randperm(len(labels), generator=generator).to(index.device)][group]
 
 
-def _two_groups(
+def two_groups(
     groups: tuple[object, object] | None, n: int, m: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Number the groups of two sets, and refuse one that is in both."""
@@ -382,14 +587,15 @@ def _two_groups(
     return train, test
 
 
-def _fit(model: Probe, x: Tensor, z: list[Label], groups: Tensor | None) -> FittedProbe:
+def fit_probe(model: Probe, x: Tensor, z: list[Label], groups: Tensor | None) -> FittedProbe:
     """Fit; a probe that splits its data is told the groups."""
-    if isinstance(model, MlpProbe) and groups is not None:
-        return model.fit(x, z, groups=groups)
-    return model.fit(x, z)
+    fit: Callable[..., FittedProbe] = model.fit
+    if groups is not None and "groups" in inspect.signature(fit).parameters:
+        return fit(x, z, groups=groups)
+    return fit(x, z)
 
 
-def _make(probe: str | Probe, seed: int) -> Probe:
+def make_probe(probe: str | Probe, seed: int) -> Probe:
     if not isinstance(probe, str):
         if not callable(getattr(probe, "fit", None)):
             raise TypeError(
@@ -525,16 +731,37 @@ def _variance_of_mean(values: Tensor, groups: Tensor | None) -> float:
     return float(deviation.square().sum()) / n**2 * count / (count - 1) if count > 1 else math.inf
 
 
-def _accuracy_interval(correct: Tensor, groups: Tensor | None) -> tuple[float, float]:
-    """Return the Wilson interval, with groups at the number of vectors that would spread as much."""
+def mean_interval(values: Tensor, groups: Tensor | None) -> tuple[float, float] | tuple[None, None]:
+    """Return the 95 % normal interval of the mean of ``[n]`` values; None when there is one group."""
+    mean = float(values.mean())
+    half = _NORMAL_975 * math.sqrt(_variance_of_mean(values, groups))
+    return (mean - half, mean + half) if math.isfinite(half) else (None, None)
+
+
+def _effective_count(correct: Tensor, groups: Tensor | None) -> float:
+    """Return the number of independent vectors that would spread as much as these groups."""
     n, rate = len(correct), float(correct.mean())
     if groups is None:
-        return wilson_interval(int(correct.sum()), n)
+        return float(n)
     variance = _variance_of_mean(correct, groups)
-    count = float(len(torch.unique(groups)))
     if 0 < rate < 1 and variance > 0:
-        count = max(1.0, min(float(n), rate * (1 - rate) / variance))
-    return _wilson(rate, count)
+        return max(1.0, min(float(n), rate * (1 - rate) / variance))
+    return float(len(torch.unique(groups)))
+
+
+def _balanced_interval(found: Tensor, total: Tensor, share: float) -> tuple[float, float]:
+    """Return the interval of a mean of rates, from the Wilson interval of each (Zou and Donner 2008).
+
+    ``share`` is that of the vectors that count as independent.
+    """
+    rates = (found / total).tolist()
+    ends = [
+        _wilson(rate, max(1.0, share * n)) for rate, n in zip(rates, total.tolist(), strict=True)
+    ]
+    mean = sum(rates) / len(rates)
+    below = math.hypot(*(rate - low for rate, (low, _) in zip(rates, ends, strict=True)))
+    above = math.hypot(*(high - rate for rate, (_, high) in zip(rates, ends, strict=True)))
+    return mean - below / len(rates), mean + above / len(rates)
 
 
 def _pool(scores: list[_Score], groups: Tensor | None = None) -> ProbeResult:
@@ -544,16 +771,18 @@ def _pool(scores: list[_Score], groups: Tensor | None = None) -> ProbeResult:
     n, hits = int(total.sum()), int(found.sum())
     present = total > 0
     areas = [score.auc for score in scores if score.auc is not None]
-    low, high = _accuracy_interval(torch.cat([score.correct for score in scores]), groups)
+    count = _effective_count(torch.cat([score.correct for score in scores]), groups)
+    low, high = _wilson(hits / n, count)
+    balanced_low, balanced_high = _balanced_interval(found[present], total[present], count / n)
     losses = [score.loss for score in scores if score.loss is not None]
     loss: float | None = None
     loss_ends: tuple[float, float] | tuple[None, None] = (None, None)
     if len(losses) == len(scores):
         rows = torch.cat(losses)
         loss = float(rows.mean())
-        half = _NORMAL_975 * math.sqrt(_variance_of_mean(rows, groups))
-        if math.isfinite(half):
-            loss_ends = (max(0.0, loss - half), loss + half)
+        low_loss, high_loss = mean_interval(rows, groups)
+        if low_loss is not None and high_loss is not None:
+            loss_ends = (max(0.0, low_loss), high_loss)
     return ProbeResult(
         accuracy=hits / n,
         balanced_accuracy=float((found[present] / total[present]).mean()),
@@ -568,4 +797,6 @@ def _pool(scores: list[_Score], groups: Tensor | None = None) -> ProbeResult:
         log_loss_low=loss_ends[0],
         log_loss_high=loss_ends[1],
         groups=None if groups is None else len(torch.unique(groups)),
+        balanced_low=balanced_low,
+        balanced_high=balanced_high,
     )

@@ -1,9 +1,12 @@
 """Logistic regression, the probe LEACE and its relatives promise to defeat.
 
-Fitted on the device of the data, in float64 where it exists, to a gradient tolerance, so that what
-it cannot read is not there to be read linearly. The objective is scikit-learn's,
-``|w|^2 / 2 + C * sum(log-loss)`` with an unpenalised intercept, in units of the data unless
-``standardize=None``; one weight vector for two classes, one per class (softmax) for more.
+Fitted on the device of the data, in float64 where it exists, to a gradient tolerance. The objective is
+scikit-learn's, ``|w|^2 / 2 + C * sum(log-loss)`` with an unpenalised intercept, in the units of
+``standardize``; one weight vector for two classes, one per class (softmax) for more.
+
+A penalty can hide a concept, so by default its strength and units are chosen by cross-validation on
+the training rows, see `LinearProbe`. A probe at chance shows that this probe found nothing in so many
+rows, not that nothing is there.
 """
 
 from __future__ import annotations
@@ -14,19 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, softplus
 
-from concept_erasure.probes._data import Vectors
+from concept_erasure.probes._data import Vectors, read_groups
 from concept_erasure.probes._fitted import FittedProbe, training_data
-from concept_erasure.probes._solve import (
-    Coordinates,
-    Objective,
-    Standardize,
-    check_penalty,
-    check_standardize,
-    coordinates,
-    minimise,
-    units,
-    warn_unless_converged,
-)
+from concept_erasure.probes._ridge import Penalty, Scaling, check_ridge, fit_ridge
 
 __all__ = ["FittedLinear", "LinearProbe"]
 
@@ -38,12 +31,16 @@ class FittedLinear(FittedProbe):
     Attributes:
         coef: Weights in the coordinates of the data, ``[1, d]`` for two classes, else ``[k, d]``.
         intercept: ``[1]`` or ``[k]``.
+        C: Inverse strength of the penalty that was used.
+        standardize: Units in which it acted.
         iterations: Steps the solver took.
-        gradient: Largest entry of the gradient where it stopped.
+        gradient: Largest entry of the gradient where it stopped, before the scores are scaled.
     """
 
     coef: Tensor
     intercept: Tensor
+    C: float
+    standardize: Scaling
     iterations: int
     gradient: float
 
@@ -58,13 +55,19 @@ class FittedLinear(FittedProbe):
 class LinearProbe:
     """Logistic regression by full-batch L-BFGS.
 
-    O(n d min(n, d)) time once, then O(n d k) per step; O(n d) memory.
+    O(n d min(n, d)) time once, then O(n d k) per step, five times that while choosing; O(n d) memory.
 
     Attributes:
-        C: Inverse strength of the L2 penalty, as in scikit-learn. Higher fits closer.
-        standardize: Units in which the penalty acts. ``"global"`` divides all features by the root of their mean
-            variance, so a probe of ``x`` and of ``1000 x`` is the same one and erasers are compared at one
-            scale; ``"feature"`` divides each by its own deviation; None takes ``x`` as it is, as scikit-learn.
+        C: Inverse strength of the L2 penalty, as in scikit-learn. Higher fits closer. ``"auto"``: the one of 0.001,
+            0.01, ... 100 whose scores of the training rows held out in five parts are best; the scores are
+            then scaled to fit those rows, so that the probabilities are calibrated. Below 20 rows, and with
+            ``standardize=None``, it is 1.
+        standardize: Units in which the penalty acts. ``"median"``: the root of the median variance of the principal
+            directions, so that no large direction hides the others. ``"clip"``: the deviation of each
+            principal direction, or the median if that is larger. ``"whiten"``: the same with a
+            thousandth of the median. ``"global"``: the root of the mean variance of the features.
+            ``"feature"``: the deviation of each feature. None: one, as scikit-learn. ``"auto"``: the best of
+            the first three at ``C="auto"`` (the first alone with fewer rows than twice the width), else the first.
         tol: Stop when no entry of the gradient of the mean loss exceeds this, in coordinates where
             the curvature is about one.
         max_iter: Most steps; an `ErasureWarning` tells when they were not enough.
@@ -77,23 +80,24 @@ class LinearProbe:
         ['yes']
     """
 
-    C: float = 1.0
+    C: Penalty = "auto"
     tol: float = 1e-8
     max_iter: int = 2000
-    standardize: Standardize = "global"
+    standardize: Scaling = "auto"
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_penalty(self.C, self.tol, self.max_iter)
-        check_standardize(self.standardize)
+        check_ridge(self.C, self.standardize, self.tol, self.max_iter)
 
     @torch.no_grad()
-    def fit(self, x: Vectors, z: object) -> FittedLinear:
+    def fit(self, x: Vectors, z: object, *, groups: object = None) -> FittedLinear:
         """Fit the probe.
 
         Args:
             x: Vectors, shape ``[n, d]``, any real dtype.
             z: Class labels, length ``n``: strings, bools or integers.
+            groups: Group of each vector (such as its text), length ``n``: one group is never on both sides of
+                the splits by which ``"auto"`` chooses.
 
         Returns:
             The fitted probe, on the device of ``x``.
@@ -104,52 +108,51 @@ class LinearProbe:
             ValueError: If a vector is not finite or there is only one class.
         """
         matrix, index, classes = training_data(x, z)
-        n, width = matrix.shape
         rows = 1 if len(classes) == 2 else len(classes)
-        target = one_hot(index, len(classes)).to(matrix)[:, -rows:]
-        unit = units(matrix, self.standardize)
-        frame = coordinates(
-            unit.apply(matrix), ridge=1 / (self.C * n), curvature=0.25 if rows == 1 else 0.5
+        found = fit_ridge(
+            matrix,
+            one_hot(index, len(classes)).to(matrix)[:, -rows:],
+            _Logistic(rows),
+            penalty=self.C,
+            scaling=self.standardize,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            groups=None if groups is None else read_groups(groups, n=len(matrix)),
+            probe="linear",
         )
-        start = matrix.new_zeros(rows, frame.u.shape[1] + 1)
-        rate = target.mean(dim=0)
-        start[:, -1] = torch.logit(rate) if rows == 1 else rate.log()
-        tol = self.tol if matrix.dtype == torch.float64 else max(self.tol, 1e-5)
-        solution = minimise(
-            _objective(frame, target), start.flatten(), tol=tol, max_iter=self.max_iter
-        )
-        warn_unless_converged(solution, probe="linear", tol=tol)
-        point = solution.point.reshape(rows, -1)
-        bias = point[:, -1]
+        intercept = found.intercept
         if rows > 1:  # the softmax does not see a common shift; take the one with mean zero
-            bias = bias - bias.mean()
-        coef, intercept = unit.original(*frame.original(point[:, :-1], bias))
+            shift = found.coef @ matrix.mean(dim=0)
+            intercept = intercept - (intercept + shift).mean()
         return FittedLinear(
             classes=classes,
-            width=width,
-            coef=coef,
+            width=matrix.shape[1],
+            coef=found.coef,
             intercept=intercept,
-            iterations=solution.iterations,
-            gradient=solution.gradient,
+            C=found.C,
+            standardize=found.scaling,
+            iterations=found.solution.iterations,
+            gradient=found.solution.gradient,
         )
 
 
-def _objective(frame: Coordinates, target: Tensor) -> Objective:
-    """Return mean log-loss plus penalty, and its gradient, as a function of ``[v, bias]``."""
-    n, rows = target.shape
+@dataclass(frozen=True, slots=True)
+class _Logistic:
+    """Log-loss of one score per row, or of a softmax over several."""
 
-    def value_and_gradient(point: Tensor) -> tuple[Tensor, Tensor]:
-        point = point.reshape(rows, -1)
-        v, bias = point[:, :-1], point[:, -1]
-        scores = frame.u @ v.T + bias
-        if rows == 1:
-            loss = (softplus(scores) - target * scores).mean()
-            error = torch.sigmoid(scores) - target
-        else:
-            loss = (scores.logsumexp(dim=1) - (target * scores).sum(dim=1)).mean()
-            error = torch.softmax(scores, dim=1) - target
-        shrink = frame.penalty * v
-        gradient = torch.cat([error.T @ frame.u / n + shrink, error.mean(dim=0)[:, None]], dim=1)
-        return loss + (shrink * v).sum() / 2, gradient.flatten()
+    rows: int
 
-    return value_and_gradient
+    @property
+    def curvature(self) -> float:
+        return 0.25 if self.rows == 1 else 0.5
+
+    def start(self, target: Tensor) -> Tensor:
+        rate = target.mean(dim=0)
+        return torch.logit(rate) if self.rows == 1 else rate.log()
+
+    def __call__(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rows == 1:
+            values = softplus(scores) - target * scores
+            return values[..., 0], torch.sigmoid(scores) - target
+        values = scores.logsumexp(dim=-1) - (target * scores).sum(dim=-1)
+        return values, torch.softmax(scores, dim=-1) - target

@@ -1,7 +1,9 @@
 """A network with one hidden layer: what linear erasure does not promise to hide.
 
-Inputs are standardised, and rotated at random while training, because Adam steps alike along every
-axis and so misses a concept that lies along a single one. Training stops when the
+Inputs are divided by their deviation along each principal direction, or by the median deviation where that
+is larger, so that no large direction hides the others; what is a hundredth of the median or less is missed.
+They are rotated at random while training, because Adam steps alike along every axis and so misses a
+concept that lies along a single one. Training stops when the
 log-loss on a held-out part of the training data no longer falls, and the best weights are kept.
 The global random state is neither read nor set.
 """
@@ -16,9 +18,9 @@ from torch.nn.functional import cross_entropy, gelu
 
 from concept_erasure.probes._data import Vectors, read_groups
 from concept_erasure.probes._fitted import FittedProbe, training_data
-from concept_erasure.probes._solve import units
+from concept_erasure.probes._ridge import principal
 
-__all__ = ["FittedMlp", "MlpProbe"]
+__all__ = ["FittedMlp", "MlpProbe", "split_classes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +29,18 @@ class FittedMlp(FittedProbe):
 
     Attributes:
         mean: Subtracted from the vectors, shape ``[d]``.
-        scale: Then divides them, shape ``[d]``.
+        basis: Then multiplies them, shape ``[d, r]``: principal directions over their units.
         weights: ``(hidden weight [h, d], bias [h], output weight [k, h], bias [k])``.
         epochs: Passes over the data after which the held-out loss was lowest.
     """
 
     mean: Tensor
-    scale: Tensor
+    basis: Tensor
     weights: tuple[Tensor, ...]
     epochs: int
 
     def _scores(self, x: Tensor) -> Tensor:
-        inputs = ((x - self.mean.to(x)) / self.scale.to(x)).to(self.weights[0])
+        inputs = ((x - self.mean.to(x)) @ self.basis.to(x)).to(self.weights[0])
         with torch.no_grad():
             return _forward(inputs, self.weights).to(x.dtype)
 
@@ -111,12 +113,13 @@ class MlpProbe:
             matrix, index, classes = training_data(x, z)
             generator = torch.Generator().manual_seed(self.seed)
             parts = None if groups is None else read_groups(groups, n=len(matrix))
-            train, held_out = _split(index, self.held_out, generator, parts)
-            unit = units(matrix[train], "feature")
-            inputs = unit.apply(matrix).float()
-            weights = _first_weights(matrix.shape[1], self.hidden, len(classes), generator)
+            train, held_out = split_classes(index, self.held_out, generator, parts)
+            axes = principal(matrix[train])
+            basis = axes.basis / axes.scale("clip").sqrt()
+            inputs = ((matrix - axes.mean) @ basis).float()
+            weights = _first_weights(basis.shape[1], self.hidden, len(classes), generator)
             weights = [weight.to(matrix.device).requires_grad_() for weight in weights]
-            rotation = _rotation(matrix.shape[1], generator).to(inputs.device)
+            rotation = _rotation(basis.shape[1], generator).to(inputs.device)
             best, epochs = self._train(
                 weights, inputs @ rotation, index, (train, held_out), generator
             )
@@ -124,8 +127,8 @@ class MlpProbe:
         return FittedMlp(
             classes=classes,
             width=matrix.shape[1],
-            mean=unit.mean,
-            scale=unit.scale.clone(),
+            mean=axes.mean,
+            basis=basis,
             weights=best,
             epochs=epochs,
         )
@@ -176,7 +179,7 @@ def _first_weights(
 ) -> list[Tensor]:
     """Draw the weights on the CPU, so that every device starts from the same ones."""
     return [
-        torch.randn(hidden, width, generator=generator) / width**0.5,
+        torch.randn(hidden, width, generator=generator) / max(width, 1) ** 0.5,
         torch.zeros(hidden),
         torch.randn(classes, hidden, generator=generator) * 0.1 / hidden**0.5,
         torch.zeros(classes),
@@ -189,7 +192,7 @@ def _rotation(width: int, generator: torch.Generator) -> Tensor:
     return rotation
 
 
-def _split(
+def split_classes(
     index: Tensor, share: float, generator: torch.Generator, groups: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Split rows class by class; every class stays in training, and in both parts if it can."""

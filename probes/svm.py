@@ -3,7 +3,7 @@
 The objective is ``|w|^2 / 2 + C * sum(max(0, 1 - y * score)^2)`` for each class, as in LIBLINEAR.
 
 Deviation: LIBLINEAR penalises the intercept, which makes its result depend on where the origin is;
-here the intercept is free. The penalty acts in units of the data unless ``standardize=None``.
+here the intercept is free. The penalty acts in the units of ``standardize``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from concept_erasure.probes._data import Vectors
+from concept_erasure.probes._data import Vectors, read_groups
 from concept_erasure.probes._fitted import FittedProbe, training_data
-from concept_erasure.probes._solve import (
-    Coordinates,
-    Objective,
-    Standardize,
-    check_penalty,
-    check_standardize,
-    coordinates,
-    minimise,
-    units,
-    warn_unless_converged,
-)
+from concept_erasure.probes._ridge import Penalty, Scaling, check_ridge, fit_ridge
 
 __all__ = ["FittedSvm", "SvmProbe"]
 
@@ -38,12 +28,16 @@ class FittedSvm(FittedProbe):
     Attributes:
         coef: Weights in the coordinates of the data, ``[1, d]`` for two classes, else ``[k, d]``.
         intercept: ``[1]`` or ``[k]``.
-        iterations: Steps the solver took, the most over the classes.
-        gradient: Largest entry of the gradients where it stopped.
+        C: Inverse strength of the penalty that was used.
+        standardize: Units in which it acted.
+        iterations: Steps the solver took.
+        gradient: Largest entry of the gradient where it stopped, before the scores are scaled.
     """
 
     coef: Tensor
     intercept: Tensor
+    C: float
+    standardize: Scaling
     iterations: int
     gradient: float
 
@@ -61,13 +55,12 @@ class FittedSvm(FittedProbe):
 class SvmProbe:
     """Linear support vector machine by full-batch L-BFGS.
 
-    O(n d min(n, d)) time once, then O(n d) per step and class; O(n d) memory.
+    O(n d min(n, d)) time once, then O(n d k) per step, five times that while choosing; O(n d) memory.
 
     Attributes:
-        C: Inverse strength of the L2 penalty, as in scikit-learn. Higher fits closer.
-        standardize: Units in which the penalty acts. ``"global"`` divides all features by the root of their mean
-            variance, so a probe of ``x`` and of ``1000 x`` is the same one and erasers are compared at one
-            scale; ``"feature"`` divides each by its own deviation; None takes ``x`` as it is, as scikit-learn.
+        C: Inverse strength of the L2 penalty, as in scikit-learn. Higher fits closer. ``"auto"``: chosen, as in
+            `LinearProbe`.
+        standardize: Units in which the penalty acts, as in `LinearProbe`.
         tol: Stop when no entry of the gradient of the mean loss exceeds this, in coordinates where
             the curvature is about one.
         max_iter: Most steps; an `ErasureWarning` tells when they were not enough.
@@ -80,23 +73,24 @@ class SvmProbe:
         [1]
     """
 
-    C: float = 1.0
+    C: Penalty = "auto"
     tol: float = 1e-8
     max_iter: int = 2000
-    standardize: Standardize = "global"
+    standardize: Scaling = "auto"
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_penalty(self.C, self.tol, self.max_iter)
-        check_standardize(self.standardize)
+        check_ridge(self.C, self.standardize, self.tol, self.max_iter)
 
     @torch.no_grad()
-    def fit(self, x: Vectors, z: object) -> FittedSvm:
+    def fit(self, x: Vectors, z: object, *, groups: object = None) -> FittedSvm:
         """Fit the probe.
 
         Args:
             x: Vectors, shape ``[n, d]``, any real dtype.
             z: Class labels, length ``n``: strings, bools or integers.
+            groups: Group of each vector (such as its text), length ``n``: one group is never on both sides of
+                the splits by which ``"auto"`` chooses.
 
         Returns:
             The fitted probe, on the device of ``x``.
@@ -107,41 +101,41 @@ class SvmProbe:
             ValueError: If a vector is not finite or there is only one class.
         """
         matrix, index, classes = training_data(x, z)
-        n, width = matrix.shape
         rows = 1 if len(classes) == 2 else len(classes)
-        signs = 2 * one_hot(index, len(classes)).to(matrix)[:, -rows:] - 1
-        unit = units(matrix, self.standardize)
-        frame = coordinates(unit.apply(matrix), ridge=1 / (self.C * n), curvature=2.0)
-        start = matrix.new_zeros(frame.u.shape[1] + 1)
-        tol = self.tol if matrix.dtype == torch.float64 else max(self.tol, 1e-5)
-        solutions = [
-            minimise(_objective(frame, sign), start, tol=tol, max_iter=self.max_iter)
-            for sign in signs.T
-        ]
-        worst = max(solutions, key=lambda solution: solution.gradient)
-        warn_unless_converged(worst, probe="svm", tol=tol)
-        point = torch.stack([solution.point for solution in solutions])
-        coef, intercept = unit.original(*frame.original(point[:, :-1], point[:, -1]))
+        found = fit_ridge(
+            matrix,
+            2 * one_hot(index, len(classes)).to(matrix)[:, -rows:] - 1,
+            _SquaredHinge(),
+            penalty=self.C,
+            scaling=self.standardize,
+            tol=self.tol,
+            max_iter=self.max_iter,
+            groups=None if groups is None else read_groups(groups, n=len(matrix)),
+            probe="svm",
+        )
         return FittedSvm(
             classes=classes,
-            width=width,
-            coef=coef,
-            intercept=intercept,
-            iterations=max(solution.iterations for solution in solutions),
-            gradient=worst.gradient,
+            width=matrix.shape[1],
+            coef=found.coef,
+            intercept=found.intercept,
+            C=found.C,
+            standardize=found.scaling,
+            iterations=found.solution.iterations,
+            gradient=found.solution.gradient,
         )
 
 
-def _objective(frame: Coordinates, sign: Tensor) -> Objective:
-    """Return mean squared hinge plus penalty, and its gradient, as a function of ``[v, bias]``."""
-    n = len(sign)
+@dataclass(frozen=True, slots=True)
+class _SquaredHinge:
+    """Squared hinge loss, summed over one-against-the-rest scores."""
 
-    def value_and_gradient(point: Tensor) -> tuple[Tensor, Tensor]:
-        v, bias = point[:-1], point[-1]
-        short = (1 - sign * (frame.u @ v + bias)).clamp(min=0)
-        error = -2 * sign * short / n
-        shrink = frame.penalty * v
-        value = short.square().mean() + (shrink * v).sum() / 2
-        return value, torch.cat([frame.u.T @ error + shrink, error.sum()[None]])
+    @property
+    def curvature(self) -> float:
+        return 2.0
 
-    return value_and_gradient
+    def start(self, target: Tensor) -> Tensor:
+        return target.mean(dim=0)
+
+    def __call__(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        short = (1 - target * scores).clamp(min=0)
+        return short.square().sum(dim=-1), -2 * target * short

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("tyro")
 
-from concept_erasure import LeaceEraser, LeaceFitter, _cli_data, _commands, cli, registry
+from concept_erasure import LeaceEraser, LeaceFitter, _cli_data, cli, registry
 from concept_erasure.collect import collect
 from concept_erasure.eraser import Eraser
+from concept_erasure.linear.oracle import OracleEraser
 from concept_erasure.linear.splince import SplinceEraser
 
 Data = tuple[torch.Tensor, torch.Tensor]
@@ -103,6 +104,43 @@ def test_eval_prints_and_writes_a_report(tmp_path: Path, vectors: Path, capsys: 
     assert "before" in capsys.readouterr().out
     (written,) = report.glob("*.json")
     assert "after" in json.dumps(json.loads(written.read_text("utf-8")))
+
+
+def test_compare_writes_a_table_and_a_plot(tmp_path: Path, labelled: Data, capsys: Capture) -> None:
+    np.save(tmp_path / "v.npy", labelled[0].numpy())
+    (tmp_path / "z.txt").write_text("\n".join("ab"[i] for i in labelled[1].tolist()))
+    source = ("--vectors", tmp_path / "v.npy", "--labels", tmp_path / "z.txt")
+    out = ("--out", tmp_path / "sweep", "--probes", "linear,centroid")
+    assert run("compare", "--methods", "leace, orth,oracle", *source, *out) == 0
+    shown = capsys.readouterr().out
+    assert "oracle: not applicable: it needs the labels" in shown
+    assert str(tmp_path / "v.npy") not in shown
+    names = sorted(path.name for path in (tmp_path / "sweep").iterdir())
+    assert names == ["compare.json", "compare.md", "compare.png"]
+    rows = json.loads((tmp_path / "sweep" / "compare.json").read_text("utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["none", "leace", "orth", "oracle"]
+    assert rows[1]["linear balanced"]["high"] < rows[0]["linear balanced"]["low"]
+    assert 0 < rows[1]["edit"] < 1
+
+
+def test_compare_keeps_a_task_and_explains_mistakes(
+    tmp_path: Path, labelled: Data, vectors: Path, capsys: Capture
+) -> None:
+    x, z = labelled
+    path = tmp_path / "task.safetensors"
+    save_file({"x": x, "label": z, "job": (x[:, 3] > 0).long()}, path)
+    out = ("--out", tmp_path / "sweep", "--probes", "centroid")
+    options = ("--vectors", path, "--methods", "splince", *out)
+    assert run("compare", *options, "--task-column", "job") == 0
+    assert "| splince | 0." in capsys.readouterr().out
+    base = ("compare", "--vectors", vectors, *out)
+    fails(capsys, "compare", *options, word="no task labels were given")
+    fails(capsys, *base, "--methods", "leec", word="leace")
+    fails(capsys, *base, "--methods", "oracle", word="not applicable")
+    fails(capsys, *base, "--methods", "leace", "--probes", "tree", word="centroid")
+    fails(capsys, *base, "--methods", "leace", "--fit-share", "0.9", word="0.9")
+    fails(capsys, *base, "--methods", "leace", "--label-column", "sex", word="'label'")
+    fails(capsys, "compare", "--vectors", tmp_path / "no.npy", *out, word="no such file")
 
 
 def test_fit_options_reach_the_method(tmp_path: Path, vectors: Path) -> None:
@@ -233,7 +271,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(folder: Path) -> tuple[Any, Any]:
-    return _commands._load_model(str(folder), None, None)
+    return _cli_data.load_model(str(folder))
 
 
 def test_fit_on_a_model_and_texts(tmp_path: Path, texts: Path, saved_model: Path) -> None:
@@ -255,6 +293,8 @@ def test_streaming_equals_fitting_on_everything(
     tmp_path: Path, texts: Path, saved_model: Path, method: str, tokens: str
 ) -> None:
     options = ("--method", method, "--tokens", tokens, "--batch-size", "7", *COLUMNS)
+    if method == "leace":
+        options += ("--background", "False")
     sites = ("--sites", "residual.1", "mlp.*")
     out = tmp_path / "e"
     assert run("fit", texts, "--model", saved_model, *options, *sites, "--out", out) == 0
@@ -434,16 +474,47 @@ def test_apply_to_a_model(tmp_path: Path, texts: Path, saved_model: Path, site: 
     assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2)
 
 
-def test_apply_refuses_what_saving_would_lose(
+def test_apply_keeps_an_offset_that_the_architecture_can_load(
     tmp_path: Path, texts: Path, saved_model: Path, capsys: Capture
 ) -> None:
     options = ("--model", saved_model, "--sites", "mlp.1", *COLUMNS)
     assert run("fit", texts, *options, "--out", tmp_path / "e") == 0
     out = ("--eraser", tmp_path / "e", "--out", tmp_path / "m")
-    fails(capsys, "apply", "--model", saved_model, *out, word="--affine False")
+    fails(capsys, "apply", "--model", saved_model, *out, "--bias", "refuse", word="--affine False")
     assert not (tmp_path / "m").exists()
+    assert run("apply", "--model", saved_model, *out) == 0
+    (model, tokenizer), (edited, _) = loaded(saved_model), loaded(tmp_path / "m")
+    assert edited.config.mlp_bias
+    inputs = tokenizer(["he is judge 3"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        with LeaceEraser.from_pretrained(tmp_path / "e").attach(model):
+            hooked = model(inputs).logits
+        torch.testing.assert_close(edited(inputs).logits, hooked, rtol=1e-4, atol=1e-4)
     assert run("fit", texts, *options[:2], *COLUMNS, "--out", tmp_path / "e") == 0
     fails(capsys, "apply", "--model", saved_model, *out, word="residual.1")
+
+
+@pytest.mark.filterwarnings("default:::concept_erasure")
+def test_apply_says_what_loading_will_drop(
+    tmp_path: Path, texts: Path, saved_model: Path, capsys: Capture
+) -> None:
+    """Mistral has no setting for biases in its mlp."""
+    from tests.models import tiny
+
+    folder = tmp_path / "mistral"
+    _, tokenizer = loaded(saved_model)
+    tiny("mistral").save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    base = ("--model", folder)
+    assert run("fit", texts, *base, "--sites", "mlp.1", *COLUMNS, "--out", tmp_path / "e") == 0
+    out = (*base, "--eraser", tmp_path / "e", "--out", tmp_path / "m")
+    for word in ("--affine False", "--bias add", "attach() from Python"):
+        fails(capsys, "apply", *out, word=word)
+    assert not (tmp_path / "m").exists()
+    assert run("apply", *out, "--bias", "add") == 0
+    warning = capsys.readouterr().err
+    assert "warning: model.layers.1.mlp.down_proj.bias" in warning
+    assert "drop" in warning
 
 
 def test_eval_on_a_model(tmp_path: Path, texts: Path, saved_model: Path, capsys: Capture) -> None:
@@ -470,3 +541,263 @@ def test_texts_are_a_sequence(texts: Path) -> None:
     texts.write_text(json.dumps(sentences()[0]), "utf-8")
     with pytest.raises(ValueError, match="shorter"):
         opened[:4]
+
+
+def other_model(folder: Path, saved_model: Path) -> Path:
+    """The saved model with other weights."""
+    model, tokenizer = loaded(saved_model)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(1.01)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["leace", "oracle"])
+def test_eval_refuses_another_space(
+    tmp_path: Path, texts: Path, saved_model: Path, capsys: Capture, method: str
+) -> None:
+    fit = ("--model", saved_model, "--sites", "mlp.1", "--tokens", "mean", *COLUMNS)
+    assert run("fit", texts, *fit, "--method", method, "--out", tmp_path / "e") == 0
+    base = ("eval", texts, *COLUMNS, "--eraser", tmp_path / "e", "--probes", "linear", "--folds", 2)
+    assert run(*base, "--model", saved_model) == 0  # where the eraser was fitted
+    fails(capsys, *base, "--model", saved_model, "--sites", "mlp.0", word="'mlp.0'")
+    fails(capsys, *base, "--model", saved_model, "--tokens", "last", word="--tokens mean")
+    fails(capsys, *base, "--model", other_model(tmp_path / "m", saved_model), word="weights")
+
+
+def test_eval_keeps_the_tokens_of_a_text_together(
+    tmp_path: Path, texts: Path, saved_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from concept_erasure import probes
+
+    groups: list[Any] = []
+    cross_validate = probes.cross_validate
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        groups.append(options["groups"])
+        return cross_validate(*arguments, **options)
+
+    monkeypatch.setattr(probes, "cross_validate", watched)
+    options = ("--model", saved_model, "--tokens", "all", *COLUMNS)
+    assert run("fit", texts, *options, "--out", tmp_path / "e") == 0
+    base = ("--eraser", tmp_path / "e", "--probes", "linear", "--folds", 2)
+    assert run("eval", texts, *options, *base) == 0
+    assert len(groups) == 2
+    assert all(len(one.unique()) == 120 for one in groups)
+
+
+def test_eval_needs_classes(tmp_path: Path, labelled: Data, capsys: Capture) -> None:
+    np.save(tmp_path / "v.npy", labelled[0].numpy())
+    (tmp_path / "z.txt").write_text("\n".join(f"{i / 7}" for i in range(len(labelled[0]))))
+    source = (tmp_path / "v.npy", "--labels", tmp_path / "z.txt")
+    assert run("fit", *source, "--out", tmp_path / "e") == 0
+    fails(capsys, "eval", *source, "--eraser", tmp_path / "e", word="probes need classes")
+    (tmp_path / "z.txt").write_text("\n".join(map(str, range(1900, 1900 + len(labelled[0])))))
+    fails(capsys, "eval", *source, "--eraser", tmp_path / "e", word="probes need classes")
+
+
+IDLE = {
+    "--limit": 3,
+    "--sites": "residual.1",
+    "--tokens": "mean",
+    "--batch-size": 4,
+    "--max-length": 4,
+    "--device": "cpu",
+    "--text-column": "words",
+    "--split": "test",
+    "--gguf-file": "m.gguf",
+    "--background": "True",
+}
+
+
+@pytest.mark.parametrize("option", IDLE)
+def test_options_of_models_are_refused_for_vectors(
+    tmp_path: Path, vectors: Path, capsys: Capture, option: str
+) -> None:
+    given = (option, IDLE[option], "--out", tmp_path / "e")
+    fails(capsys, "fit", vectors, *given, word=f"error: {option} ")
+    assert not (tmp_path / "e").exists()
+    if option != "--background":
+        fails(capsys, "eval", vectors, *given, "--eraser", tmp_path / "e", word=option)
+
+
+def test_other_options_without_effect_are_refused(
+    tmp_path: Path, vectors: Path, texts: Path, saved_model: Path, capsys: Capture
+) -> None:
+    out, x = tmp_path / "e", tmp_path / "x.npy"
+    assert run("fit", vectors, "--out", out) == 0
+    to_file = ("--eraser", out, "--out", x)
+    fails(capsys, "apply", vectors, *to_file, "--bias", "add", word="--bias")
+    fails(capsys, "apply", vectors, *to_file, "--labels", x, word="--labels")
+    to_model = ("apply", "--model", saved_model, "--eraser", out, "--out", tmp_path / "m")
+    fails(capsys, *to_model, vectors, word="SOURCE")
+    for option in ("--labels", "--label-column", "--task-column"):
+        fails(capsys, *to_model, option, "y", word=option)
+    fit = ("fit", texts, "--model", saved_model, *COLUMNS, "--out", out)
+    fails(capsys, *fit, "--labels", x, word="--labels")
+    fails(capsys, *fit, "--split", "test", word="--split")
+    fails(capsys, *fit, "--task-column", "job", word="--task-column")
+    fails(capsys, *fit, "--background", "True", "--tokens", "all", word="--background")
+    fails(capsys, *fit, "--background", "True", "--method", "orth", word="--background")
+    orth = ("fit", vectors, "--method", "orth", "--out", out)
+    fails(capsys, *orth, "--shrinkage", "True", word="--shrinkage")
+    fails(capsys, "fit", vectors, "--task-kind", "classes", "--out", out, word="--task-kind")
+
+
+@pytest.mark.parametrize("label", ["", "NaN"])
+@pytest.mark.parametrize("kind", ["auto", "classes", "continuous"])
+@pytest.mark.parametrize("form", ["csv", "txt", "labels", "npy", "jsonl", "texts"])
+def test_missing_labels_are_refused_by_row(
+    tmp_path: Path, label: str, kind: str, form: str, capsys: Capture
+) -> None:
+    labels, x = ["0", "1", label, "1"], np.eye(4)
+    source: tuple[object, ...] = (tmp_path / "v.npy", "--labels")
+    np.save(tmp_path / "v.npy", x)
+    if form == "csv":
+        lines = [f"{i},{label}" for i, label in enumerate(labels)]
+        (tmp_path / "v.csv").write_text("\n".join(["a,label", *lines]))
+        source = (tmp_path / "v.csv",)
+    elif form == "txt":
+        (tmp_path / "z.txt").write_text("\n".join(labels))
+        source += (tmp_path / "z.txt",)
+    elif form == "labels":
+        (tmp_path / "z.csv").write_text("\n".join(["label", *labels]) + "\n")
+        source += (tmp_path / "z.csv",)
+    elif form == "npy":
+        np.save(tmp_path / "z.npy", np.array([float(one.strip() or "nan") for one in labels]))
+        source += (tmp_path / "z.npy",)
+    elif form == "jsonl":
+        rows = [{"text": "a", "label": one if one.strip() else None} for one in labels]
+        rows[2]["label"] = float("nan") if label else rows[2]["label"]
+        (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        source = (tmp_path / "t.jsonl", "--model", tmp_path / "m")
+    else:
+        (tmp_path / "t.csv").write_text("\n".join(["text,label", *(f"a,{one}" for one in labels)]))
+        source = (tmp_path / "t.csv", "--model", tmp_path / "m")
+    fails(capsys, "fit", *source, "--z-kind", kind, "--out", tmp_path / "e", word="row 3")
+
+
+@pytest.mark.parametrize("form", ["npy", "csv"])
+@pytest.mark.parametrize("kind", ["auto", "continuous", "classes"])
+def test_oracle_reads_labels_alike_when_fitting_and_erasing(
+    tmp_path: Path, labelled: Data, form: str, kind: str
+) -> None:
+    """An eraser fitted on numbers takes numbers, one fitted on classes takes their names."""
+    x, z = labelled
+    np.save(tmp_path / "v.npy", x.numpy())
+    np.save(tmp_path / "z.npy", z.numpy())
+    (tmp_path / "z.csv").write_text("\n".join(["label", *map(str, z.tolist())]))
+    base = (tmp_path / "v.npy", "--labels")
+    fit = ("fit", *base, tmp_path / f"z.{form}", "--method", "oracle", "--z-kind", kind)
+    assert run(*fit, "--out", tmp_path / "e") == 0
+    expected = OracleEraser.fit(x, z)(x, z).numpy()
+    for other in ("npy", "csv"):
+        erased = ("--eraser", tmp_path / "e", "--out", tmp_path / "x.npy")
+        assert run("apply", *base, tmp_path / f"z.{other}", *erased) == 0
+        np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, atol=1e-8)
+        options = ("--eraser", tmp_path / "e", "--probes", "linear", "--folds", 2)
+        assert run("eval", *base, tmp_path / f"z.{other}", *options) == 0
+
+
+@pytest.mark.parametrize("kind", ["auto", "continuous"])
+def test_numbers_in_text_are_numbers(tmp_path: Path, labelled: Data, kind: str) -> None:
+    """Fractions are numbers by default, in text as in arrays; whole numbers are classes."""
+    x = labelled[0]
+    numbers = x[:, 0].double() + 0.25
+    np.save(tmp_path / "v.npy", x.numpy())
+    (tmp_path / "z.txt").write_text("\n".join(map(repr, numbers.tolist())))
+    source = (tmp_path / "v.npy", "--labels", tmp_path / "z.txt")
+    for method, expected in (
+        ("leace", LeaceEraser.fit(x, numbers)(x)),
+        ("oracle", OracleEraser.fit(x, numbers)(x, numbers)),
+    ):
+        fit = ("fit", *source, "--method", method, "--z-kind", kind)
+        assert run(*fit, "--out", tmp_path / method) == 0
+        labels = source[1:] if method == "oracle" else ()
+        erased = ("--eraser", tmp_path / method, "--out", tmp_path / "x.npy")
+        assert run("apply", source[0], *labels, *erased) == 0
+        np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected.numpy(), atol=1e-6)
+
+
+def test_quadratic_takes_classes_only(tmp_path: Path, vectors: Path, capsys: Capture) -> None:
+    base = ("fit", vectors, "--method", "quadratic", "--out", tmp_path / "e", "--z-kind")
+    assert run(*base, "classes") == 0
+    fails(capsys, *base, "continuous", word="needs classes")
+
+
+def test_background_is_the_default_in_a_model(
+    tmp_path: Path, texts: Path, saved_model: Path
+) -> None:
+    from concept_erasure.collect import fit_streaming
+
+    rows, (model, tokenizer) = sentences(), loaded(saved_model)
+    fitted = fit_streaming(
+        model,
+        tokenizer,
+        [str(row["sentence"]) for row in rows],
+        [str(row["sex"]) for row in rows],
+        sites="mlp.1",
+        fitter=lambda width: LeaceFitter(width, 2, classes=("he", "she")),
+        background=True,
+    )
+    base = ("fit", texts, "--model", saved_model, "--sites", "mlp.1", *COLUMNS, "--out")
+    assert run(*base, tmp_path / "e") == 0
+    eraser = LeaceEraser.from_pretrained(tmp_path / "e")
+    torch.testing.assert_close(eraser.P, fitted["mlp.1"].eraser.P, rtol=1e-5, atol=1e-5)
+    assert "background_rows" in eraser.report
+    assert run(*base, tmp_path / "f", "--background", "False") == 0
+    without = LeaceEraser.from_pretrained(tmp_path / "f")
+    assert "background_rows" not in without.report
+    assert not torch.allclose(without.P, eraser.P, atol=1e-3)
+
+
+def test_more_fit_options_reach_the_method(tmp_path: Path, vectors: Path, capsys: Capture) -> None:
+    given = ("--shrinkage", "False", "--svd-tol", "0.5", "--rank", "1")
+    assert run("fit", vectors, "--out", tmp_path / "e", *given) == 0
+    config = json.loads((tmp_path / "e" / "eraser_config.json").read_text("utf-8"))["config"]
+    assert (config["shrinkage"], config["svd_tol"], config["rank"]) == (False, 0.5, 1)
+    base = ("fit", vectors, "--out", tmp_path / "e", "--method", "quadratic")
+    for option, value in (("--svd-tol", "0.5"), ("--rank", "1"), ("--held-out", vectors)):
+        fails(capsys, *base, option, value, word=option)
+
+
+def test_held_out_file(
+    tmp_path: Path, labelled: Data, vectors: Path, texts: Path, saved_model: Path, capsys: Capture
+) -> None:
+    table = write_csv(tmp_path / "other.csv", (labelled[0] + 1, labelled[1]))
+    source = (write_csv(tmp_path / "v.csv", labelled), "--held-out")
+    assert run("fit", *source, table, "--out", tmp_path / "e") == 0
+    x, z = labelled[0].double(), ["ab"[i] for i in labelled[1].tolist()]
+    expected = LeaceEraser.fit(x, z, held_out=(x + 1, z)).report["held_out_gap"]
+    report = LeaceEraser.from_pretrained(tmp_path / "e").report
+    assert report["held_out_gap"] == pytest.approx(expected, abs=1e-6)
+    np.save(tmp_path / "w.npy", labelled[0].numpy())
+    out = ("--out", tmp_path / "e")
+    fails(capsys, "fit", *source, tmp_path / "w.npy", *out, word="--held-out")
+    other = tmp_path / "held.jsonl"
+    other.write_text("\n".join(json.dumps(row) for row in sentences(40)[120:]), "utf-8")
+    fit = ("fit", texts, "--model", saved_model, *COLUMNS, *out)
+    assert run(*fit) == 0
+    inside = LeaceEraser.from_pretrained(tmp_path / "e")
+    assert run(*fit, "--held-out", other) == 0
+    outside = LeaceEraser.from_pretrained(tmp_path / "e")
+    torch.testing.assert_close(outside.P, inside.P)
+    assert outside.report["held_out_gap"] != inside.report["held_out_gap"]
+    fails(capsys, *fit, "--held-out", tmp_path / "no.jsonl", word="no such file")
+
+
+def test_list_prints_the_paper(capsys: Capture) -> None:
+    assert run("list") == 0
+    assert "arXiv:2306.03819" in capsys.readouterr().out
+
+
+def test_messages_speak_to_a_shell() -> None:
+    assert cli._for_shell("pass z_kind='classes', max_length=512") == (
+        "pass --z-kind classes, --max-length 512"
+    )
+    assert cli._for_shell("use apply(bias='add')\nor attach()") == (
+        "use --bias add or attach() from Python"
+    )
+    assert cli._for_shell("with kind=3 or f(x=1)") == "with kind=3 or f(x=1)"

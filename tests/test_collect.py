@@ -287,8 +287,12 @@ def test_background_gives_every_token() -> None:
     wide = fit_streaming(model, tokenizer, texts, gender, background=True, **options)["residual.1"]
     every = collect(model, tokenizer, texts, gender, sites="residual.1", tokens="all")
     data = collect(model, tokenizer, texts, gender, sites="residual.1")
-    expected = LeaceEraser.fit(data, background=every, shrinkage=False)
+    rows = every.rows
+    assert rows is not None
+    inner = torch.cat([rows[1:] == rows[:-1], torch.tensor([False])])  # all but the last tokens
+    expected = LeaceEraser.fit(data, background=every[inner], shrinkage=False)
     assert torch.allclose(wide.eraser.P, expected.P, atol=1e-4)
+    assert wide.eraser.report["background_rows"] == len(every) - len(data)
     assert wide.eraser.space == data.space and wide.eraser.report["residual"] < 1e-6  # type: ignore[operator]
 
     def moved(eraser: LeaceEraser) -> float:
@@ -375,3 +379,87 @@ def test_a_tokenizer_that_pads_left_whatever_it_is_told() -> None:
     left = collect(model, stubborn, TEXTS, sites="residual.1", tokens="all")
     right = collect(model, TinyTokenizer(), TEXTS, sites="residual.1", tokens="all")
     assert torch.equal(left.x, right.x)
+
+
+class Groups(Recorder):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.groups, self.background = list[Tensor | None](), list[Tensor]()
+
+    def update(self, x: Tensor, z: Tensor, *, groups: Tensor | None = None) -> Groups:
+        self.groups.append(groups)
+        super().update(x, z)
+        return self
+
+    def update_background(self, x: Tensor) -> None:
+        self.background.append(x)
+
+
+def test_tokens_of_a_text_are_one_group() -> None:
+    model, tokenizer = tiny("llama"), TinyTokenizer("left")
+    options: dict[str, Any] = {"sites": "residual.0", "batch_size": 2, "fitter": Groups}
+    every = fit_streaming(model, tokenizer, TEXTS, LABELS, tokens="all", **options)["residual.0"]
+    whole = collect(model, tokenizer, TEXTS, LABELS, sites="residual.0", tokens="all")
+    assert torch.equal(torch.cat(every.groups), whole.rows)  # type: ignore[arg-type]
+    last = fit_streaming(model, tokenizer, TEXTS, LABELS, **options)["residual.0"]
+    assert last.groups == [None] * 3
+    options["fitter"] = Recorder  # takes no groups
+    fit_streaming(model, tokenizer, TEXTS, LABELS, tokens="all", **options)
+
+
+@pytest.mark.parametrize("rule", ["last", "first", "mean"])
+def test_background_is_the_tokens_without_labels(rule: Any) -> None:
+    model, tokenizer = tiny("llama"), TinyTokenizer("left")
+    fitted = fit_streaming(
+        model,
+        tokenizer,
+        TEXTS,
+        LABELS,
+        sites="residual.0",
+        fitter=Groups,
+        tokens=rule,
+        background=True,
+        batch_size=2,
+    )["residual.0"]
+    expected = alone(model, "residual.0")
+    part = {"last": slice(None, -1), "first": slice(1, None), "mean": slice(None)}[rule]
+    want = torch.cat([x[part] for x in expected])
+    assert torch.allclose(torch.cat(fitted.background), want, atol=1e-5)
+
+
+def test_background_of_texts_of_one_token() -> None:
+    fitted = fit_streaming(
+        tiny("llama"),
+        TinyTokenizer(),
+        ["a", "b"],
+        [0, 1],
+        sites="residual.0",
+        fitter=Groups,
+        background=True,
+    )["residual.0"]
+    assert fitted.background == []
+
+
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor, pd.Series])
+def test_a_mask_is_an_index(form: Any) -> None:
+    labels = form([3, 1, 2, 0])
+    data = Representations(torch.eye(4), {"a": labels, "b": list("wxyz")}, rows=torch.arange(4))
+    mask = torch.tensor([True, False, False, True])
+    one, two = data[mask], data[torch.tensor([0, 3])]
+    assert torch.equal(one.x, two.x)
+    assert torch.equal(one.rows, torch.tensor([0, 3]))  # type: ignore[arg-type]
+    assert list(one.z["a"]) == [3, 0]  # type: ignore[index]
+    assert one.z["b"] == ["w", "z"]  # type: ignore[index]
+    with pytest.raises(ShapeError, match="4 vectors but a mask"):
+        data[mask[:3]]
+
+
+def test_attached_erasers_do_not_make_passes_longer() -> None:
+    model, tokenizer = tiny("llama"), TinyTokenizer()
+    eraser = LeaceEraser.fit(torch.eye(32).repeat(4, 1), torch.arange(128) % 2)
+    with eraser.attach(model, sites=["residual.0", "residual.2"]):
+        full = collect(model, tokenizer, TEXTS, sites=["residual.1", "norm.final"], batch_size=1)
+        outer = calls(model, "model.layers.2")
+        found = collect(model, tokenizer, TEXTS, sites="residual.1", batch_size=1)
+    assert outer[0] == 1
+    assert torch.equal(found.x, full["residual.1"].x)

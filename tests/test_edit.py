@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,9 +24,10 @@ from concept_erasure.edit import (
     lineage,
     same_lineage,
 )
-from concept_erasure.errors import EditError, ShapeError
+from concept_erasure.errors import EditError, ErasureWarning, ShapeError
 from concept_erasure.sites import Site, fingerprint, resolve
 from concept_erasure.testing import ToyModel
+from tests.models import tiny
 
 D = 6
 
@@ -365,3 +371,139 @@ def test_gradients_and_modes_are_left_alone() -> None:
         assert model.head.weight.requires_grad
     assert model.training
     assert not model.block.weight.requires_grad
+
+
+# ------------------------------------------------------- one model, with its head and without
+
+
+def test_edits_through_a_model_and_its_base_are_one_stack() -> None:
+    """Undone out of order, the older edit would bring the weights of the newer one back."""
+    model = tiny("llama")
+    base = model.get_submodule("model")
+    before = _bits(model)
+    one = Edit(model, [DensePatch("model.norm.weight", torch.ones(32))], label="one")
+    two = Edit(base, [DensePatch("norm.weight", torch.zeros(32))], label="two")
+    assert active_edits(model) == active_edits(base) == [one, two]
+    with pytest.raises(EditError, match="undo two first"):
+        one.undo()
+    two.undo()
+    one.undo()
+    assert _same(model, before)
+
+
+def test_commit_under_an_edit_of_the_base() -> None:
+    model, twin = tiny("llama"), tiny("llama")
+    base, original = model.get_submodule("model"), fingerprint(model)
+    value = torch.eye(32)
+    Edit(twin, [DensePatch("model.layers.1.self_attn.q_proj.weight", value)]).commit()
+    first = Edit(model, [DensePatch("model.layers.1.self_attn.q_proj.weight", value)])
+    with Edit(base, [DensePatch("layers.0.self_attn.q_proj.weight", value)]):
+        assert base_fingerprint(model) == base_fingerprint(base) == original
+        first.commit()
+        assert base_fingerprint(model) == base_fingerprint(base) == fingerprint(twin)
+    assert lineage(base) == lineage(model) == {original, fingerprint(twin)}
+
+
+def test_undo_when_only_the_base_is_left() -> None:
+    model = tiny("gpt2")
+    base = model.get_submodule("transformer")
+    before = _bits(base)
+    edit = Edit(model, [DensePatch("transformer.h.0.mlp.c_proj.bias", torch.ones(32))])
+    del model
+    gc.collect()
+    edit.undo()
+    assert _same(base, before)
+    assert active_edits(base) == []
+
+
+def test_the_table_keeps_no_model_alive() -> None:
+    model = tiny("gpt2")
+    reference = weakref.ref(model.get_submodule("transformer"))
+    edit = Edit(model, [DensePatch("transformer.h.0.mlp.c_proj.bias", torch.ones(32))])
+    del model
+    gc.collect()
+    assert reference() is None
+    with pytest.raises(EditError, match="gone"):
+        edit.undo()
+
+
+# ------------------------------------------------------------------- trained in between
+
+
+def _train(model: nn.Module, name: str, *, fused: bool = False) -> None:
+    parameter = model.get_parameter(name)
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+    (parameter - 3).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "low rank", "columns"])
+def test_undo_says_that_training_is_discarded(kind: str, fused: bool) -> None:
+    model = ToyModel(D)
+    before = _bits(model)
+    edit = Edit(model, [KINDS[kind](model)], label="mine")
+    _train(model, "block.weight", fused=fused)
+    with pytest.warns(ErasureWarning, match=r"'block\.weight' changed after mine"):
+        edit.undo()
+    if kind != "columns":
+        assert _same(model, before)
+
+
+def test_undo_says_nothing_of_later_edits_and_other_columns() -> None:
+    model = ToyModel(D)
+    before = _bits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Edit(model, [_low_rank(model), _dense(model)]):
+            Edit(model, [_columns(model)])
+            Edit(model, [_low_rank(model)]).undo()
+        edit = Edit(model, [_columns(model)])
+        with torch.no_grad():
+            model.block.weight[:, 0] += 1
+        edit.undo()
+    assert not _same(model, before)
+
+
+def test_training_between_two_edits() -> None:
+    model = ToyModel(D)
+    before = _bits(model)
+    edit = Edit(model, [_dense(model)])
+    _train(model, "block.weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Edit(model, [_low_rank(model)]).undo()
+    with pytest.warns(ErasureWarning, match=r"'block\.weight' changed after edit"):
+        edit.undo()
+    assert _same(model, before)
+
+
+def test_a_bias_that_was_added_and_trained() -> None:
+    model = ToyModel(D)
+    model.block = nn.Linear(D, D, bias=False).double()
+    edit = Edit(model, [BiasPatch({"block": torch.ones(D)})])
+    _train(model, "block.bias")
+    with pytest.warns(ErasureWarning, match=r"block\.bias"):
+        edit.undo()
+    assert model.block.bias is None
+
+
+def test_a_cast_in_between_is_no_training() -> None:
+    model = ToyModel(D)
+    edit = Edit(model, [_low_rank(model)])
+    model.to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit.undo()
+
+
+def test_the_warning_on_leaving_a_context() -> None:
+    model = ToyModel(D)
+
+    def body() -> None:
+        with Edit(model, [_dense(model)], label="mine"):
+            _train(model, "block.weight")
+
+    with pytest.warns(ErasureWarning, match="changed after mine") as caught:
+        body()
+    assert [Path(one.filename).name for one in caught] == ["test_edit.py"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from concept_erasure import Representations, collect
 from concept_erasure.edit import Edit, active_edits
 from concept_erasure.eraser import Eraser, RepresentationEraser
-from concept_erasure.errors import EditError, ShapeError, SpaceError
+from concept_erasure.errors import EditError, FormatError, ShapeError, SpaceError
 from concept_erasure.linear.leace import LeaceConfig, LeaceEraser
 from concept_erasure.linear.splince import SplinceEraser
 from concept_erasure.sites import Space, find_sites, fingerprint, width_at
@@ -367,3 +368,168 @@ def test_numpy_options_are_plain_numbers(tmp_path: Path) -> None:
     assert again.config == eraser.config
     assert again.report == {"seen": 0.5, "n": 3}
     assert json.loads((tmp_path / "eraser_config.json").read_text())["digest"] == eraser.digest
+
+
+# ------------------------------------------------- one model, with its head and without
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_the_base_is_the_same_model(kind: str) -> None:
+    model, eraser = tiny(kind), _eraser(32)
+    base = model.base_model
+    for one, other in ((model, base), (base, model)):
+        with eraser.attach(one, sites="residual.1"):
+            with pytest.raises(EditError, match="in force"):
+                eraser.attach(other, sites="residual.1")
+            with eraser.attach(other, sites="residual.2"):
+                pass
+    before = _bits(model)
+    first = eraser.apply(model, sites="attention.1")
+    second = _eraser(32, seed=1).apply(base, sites="attention.1")
+    with pytest.raises(EditError, match="first"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert _same(model, before)
+
+
+def test_a_copy_counts_after_saving(tmp_path: Path) -> None:
+    x, z = make_data(400, 32, 3, 0)
+    model, half = tiny("llama"), LeaceEraser.fit(x, z, strength=0.5)
+    narrow = half.to(dtype=torch.float32)
+    narrow.save_pretrained(tmp_path / "narrow")
+    half.save_pretrained(tmp_path / "half")
+    again = Eraser.from_pretrained(tmp_path / "narrow")
+    again.to(dtype=torch.float64).save_pretrained(tmp_path / "twice")
+    twice = Eraser.from_pretrained(tmp_path / "twice")
+    for copy in (again, twice, Eraser.from_pretrained(tmp_path / "half")):
+        assert isinstance(copy, LeaceEraser)
+        for one, other in ((half, copy), (copy, half)):
+            with (
+                one.attach(model, sites="residual.1"),
+                pytest.raises(EditError, match="in force"),
+            ):
+                other.attach(model, sites="residual.1")
+    record = json.loads((tmp_path / "narrow" / "eraser_config.json").read_text())
+    assert record["identity"] == half.digest != record["digest"]
+    assert "identity" not in json.loads((tmp_path / "half" / "eraser_config.json").read_text())
+    for wrong in (None, 3, "text", half.digest.upper() + "0"):
+        config = tmp_path / "narrow" / "eraser_config.json"
+        config.write_text(json.dumps({**record, "identity": wrong}))
+        with pytest.raises(FormatError, match="identity"):
+            Eraser.from_pretrained(tmp_path / "narrow")
+
+
+# ----------------------------------------------------------------------------- token rules
+
+
+def test_representations_of_another_token_rule() -> None:
+    model = tiny("llama")
+    found = {
+        rule: collect(model, TinyTokenizer(), TEXTS, LABELS, sites="residual.1", tokens=rule)
+        for rule in ("last", "first", "mean", "all")
+    }
+    for rule, data in found.items():
+        eraser = LeaceEraser.fit(data)
+        for other, vectors in found.items():
+            if rule in (other, "all"):
+                assert torch.equal(eraser(vectors).x, eraser(vectors.x))
+                continue
+            with pytest.raises(
+                SpaceError, match=rf"'{rule}', not on tokens='{other}'.*with_space\(None\)"
+            ):
+                eraser(vectors)
+            assert torch.equal(eraser.with_space(None)(vectors).x, eraser(vectors.x))
+
+
+def test_all_tokens_and_their_mean() -> None:
+    """Why an eraser of all tokens may have the means: it erases them as it does in the model."""
+    model, options = tiny("llama"), {"sites": "residual.1", "dtype": torch.float64}
+    every = collect(model, TinyTokenizer(), TEXTS, LABELS, tokens="all", **options)
+    means = collect(model, TinyTokenizer(), TEXTS, LABELS, tokens="mean", **options)
+    eraser = LeaceEraser.fit(every)
+    clean, rows = eraser(every.x), every.rows
+    assert rows is not None
+    want = torch.stack([clean[rows == i].mean(0) for i in range(len(TEXTS))])
+    torch.testing.assert_close(eraser(means).x, want, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------ arrays and tables
+
+
+def test_an_array_for_an_array() -> None:
+    x, z = make_data(400, 6, 3, 0)
+    eraser = LeaceEraser.fit(x.numpy(), z.numpy())
+    want = eraser(x)
+    got = eraser(x.numpy())
+    assert isinstance(got, np.ndarray)
+    assert got.dtype == np.float64
+    assert np.array_equal(got, want.numpy())
+    narrow = eraser(x.numpy().astype(np.float32).reshape(4, 100, 6))
+    assert narrow.dtype == np.float32
+    assert narrow.shape == (4, 100, 6)
+    whole = np.arange(12).reshape(2, 6)
+    assert eraser(whole).dtype == np.float64
+    assert np.allclose(eraser(whole), eraser(whole.astype(np.float64)))
+    assert np.allclose(eraser(whole.tolist()), eraser(whole))
+    with pytest.raises(ShapeError, match="5"):
+        eraser(x.numpy()[:, :5])
+    with pytest.raises(TypeError, match="floating point"):
+        eraser(whole * 1j)
+    with pytest.raises(TypeError, match="NoneType"):
+        eraser(None)  # type: ignore[call-overload]
+
+
+def test_an_array_for_a_table() -> None:
+    x, z = make_data(400, 6, 3, 0)
+    table = pd.DataFrame(x.numpy(), columns=list("abcdef"))
+    eraser = LeaceEraser.fit(table, pd.Series(z.numpy()))
+    before = table.copy()
+    got = eraser(table)
+    assert isinstance(got, np.ndarray)
+    assert np.array_equal(got, eraser(x).numpy())
+    assert table.equals(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_tensors_that_are_not_floating(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"floating point.*got torch\..*x\.double\(\)"):
+        _eraser(6)(torch.ones(2, 6).to(dtype))
+
+
+# ------------------------------------------------------------------ linear modules by path
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_eraser_folds_at_a_linear_module(kind: str) -> None:
+    name = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.attn.c_proj"}[kind]
+    model = tiny(kind)
+    found = collect(model, TinyTokenizer(), TEXTS, LABELS, sites=name, tokens="all")
+    eraser = LeaceEraser.fit(found)
+    before = _bits(model)
+    with eraser.attach(model):
+        want = _logits(model)
+    with eraser.apply(model):
+        torch.testing.assert_close(_logits(model), want, rtol=1e-4, atol=1e-4)
+    assert _same(model, before)
+
+
+def test_a_linear_module_that_shares_its_weight_is_not_folded() -> None:
+    model = tiny("qwen2")  # the head is tied to the embedding
+    with pytest.raises(EditError, match="not be exact"):
+        _eraser(128, affine=False).apply(model, sites="lm_head")
+    with pytest.raises(EditError, match="not be exact"):
+        _eraser(32, affine=False).apply(model, sites="model.layers.1")
+
+
+# ------------------------------------------------------------------------- where bias goes
+
+
+def test_add_uses_the_setting_where_there_is_one(tmp_path: Path) -> None:
+    model, eraser = tiny("llama"), _eraser(32)
+    with eraser.attach(model, sites="mlp.1"):
+        want = _logits(model)
+    eraser.apply(model, sites="mlp.1", bias="add").commit()
+    assert model.config.mlp_bias is True
+    again = _reloaded(model, tmp_path)
+    torch.testing.assert_close(_logits(again), want, rtol=1e-4, atol=1e-4)

@@ -18,6 +18,8 @@ from concept_erasure.errors import FormatError, SiteNotFoundError
 from concept_erasure.sites import (
     Site,
     Space,
+    as_out_in,
+    base_of,
     find_sites,
     fingerprint,
     hook,
@@ -376,3 +378,56 @@ def test_values_come_back_in_order_from_several_devices() -> None:
     pieces = [torch.full((i + 1,), float(i)) for i in range(5)]
     mixed = [p.as_subclass(Away) if i % 2 else p for i, p in enumerate(pieces)]
     assert all(torch.equal(got, p) for got, p in zip(fetch(mixed), pieces, strict=True))
+
+
+def test_linear_modules_write_their_own_output() -> None:
+    model = tiny("llama")
+    name = "model.layers.1.mlp.down_proj"
+    assert resolve(model, name) == [Site(name, name, "module", writer=name)]
+    assert all(s.writer == s.module for s in resolve(model, "model.layers.0.*_proj"))
+    gpt2 = tiny("gpt2")
+    (conv,) = resolve(gpt2, "transformer.h.0.attn.c_attn")
+    assert conv.writer == conv.module and width_at(gpt2, conv) == 96
+    assert resolve(model, "model.layers.1.mlp")[0].writer is None
+    assert resolve(model, "model.layers.1.mlp.act_fn")[0].writer is None
+    shared = model.get_submodule("model.layers.0.self_attn.q_proj")
+    shared.weight = model.get_submodule("model.layers.0.self_attn.o_proj").weight
+    model.get_submodule("model.layers")[2] = model.get_submodule("model.layers.1")
+    for path in ("layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj", "layers.1.mlp.up_proj"):
+        assert resolve(model, f"model.{path}")[0].writer is None
+
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    assert resolve(nn.Sequential(Scaled(2, 2)), "0")[0].writer is None
+
+
+def test_weights_as_out_in() -> None:
+    conv = tiny("gpt2").get_submodule("transformer.h.0.attn.c_attn")
+    weight = as_out_in(conv, conv.weight)  # type: ignore[arg-type]
+    assert weight.shape == (96, 32)
+    assert torch.equal(as_out_in(conv, weight), conv.weight)  # type: ignore[arg-type]
+    plain = nn.Linear(2, 3)
+    assert as_out_in(plain, plain.weight) is plain.weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_base_of_every_view(kind: str) -> None:
+    class Wrapper(nn.Module):  # as adapters wrap a model: the inner one answers for it
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.inner = model
+
+        @property
+        def base_model(self) -> nn.Module:
+            return self.inner
+
+    model = tiny(kind)
+    path, base = base_of(model)
+    assert base is model.base_model and model.get_submodule(path) is base
+    assert base_of(base) == ("", base)
+    assert base_of(Wrapper(Wrapper(model))) == (f"inner.inner.{path}", base)
+    assert fingerprint(Wrapper(model)) == fingerprint(model) == fingerprint(base)
+    plain = nn.Linear(2, 2)
+    assert base_of(plain) == ("", plain)

@@ -13,11 +13,11 @@ one pass from the start for each site, ``O(layers^2)`` compute and ``O(d^2)`` me
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
+from concept_erasure._storage import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, write
 from concept_erasure.collect import Reached, accepted, check_texts, encode_batch, evaluating
-from concept_erasure.edit import Edit, HookPatch, base_fingerprint
-from concept_erasure.eraser import RepresentationEraser
+from concept_erasure.edit import Edit, HookPatch, base_fingerprint, lineage
+from concept_erasure.eraser import RepresentationEraser, place_keys
 from concept_erasure.errors import (
     EditError,
     FormatError,
@@ -38,7 +39,16 @@ from concept_erasure.errors import (
 )
 from concept_erasure.labels import LabelKind, encode_labels
 from concept_erasure.linear.leace import ErasureMethod, LeaceFitter
-from concept_erasure.sites import Site, Space, find_sites, hook, model_id, resolve, width_at
+from concept_erasure.sites import (
+    Site,
+    Space,
+    base_of,
+    find_sites,
+    hook,
+    model_id,
+    resolve,
+    width_at,
+)
 from concept_erasure.utils import is_norm_layer, mangle_module_path
 
 __all__ = ["ConceptScrubber", "Tokenizer", "random_scrub"]
@@ -80,7 +90,7 @@ class ConceptScrubber:
         self.pre_hook = pre_hook
 
     @classmethod
-    def fit(
+    def fit(  # noqa: PLR0913 all options of the fitter
         cls,
         model: nn.Module,
         tokenizer: Tokenizer,
@@ -92,7 +102,11 @@ class ConceptScrubber:
         method: ErasureMethod = "leace",
         affine: bool = True,
         shrinkage: bool | Literal["auto"] = "auto",
+        rank: int | None = None,
+        svd_tol: float | None = None,
+        strength: float = 1.0,
         z_kind: LabelKind = "auto",
+        background: Sequence[str] | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
         progress: bool | None = None,
@@ -111,8 +125,13 @@ class ConceptScrubber:
             method: ``"leace"`` or ``"orth"``.
             affine: Keep the mean at every site.
             shrinkage: Shrink the covariances, see `LeaceFitter`.
+            rank: Remove at most this many directions at every site, strongest first.
+            svd_tol: Smallest canonical correlation that counts as one, see `LeaceFitter`.
+            strength: 1 erases; less is partial; 2 reflects the class means.
             z_kind: How to read one-dimensional labels: ``"auto"``, ``"classes"``,
                 ``"continuous"``.
+            background: Texts without labels, on whose tokens the edit should be small as well; see
+                `LeaceFitter.update_background`.
             batch_size: Texts in one forward pass.
             max_length: Truncate texts to this many tokens; default: refuse texts that are longer
                 than the model allows.
@@ -124,7 +143,8 @@ class ConceptScrubber:
         Raises:
             ShapeError: If texts and labels, or tokens and token labels, disagree in number, or a
                 text is too long for the model.
-            ValueError: If there are no texts, or one has no tokens; the message says which.
+            ValueError: If there are no texts, or one has no tokens (the message says which), or an
+                option is out of range.
             TypeError: If ``texts`` is one string, or holds something else.
             SiteNotFoundError: If a pattern matches nothing, or a site is not met exactly once in a
                 forward pass.
@@ -132,7 +152,14 @@ class ConceptScrubber:
         """
         check_texts(texts, batch_size, max_length)
         batches = _batches(model, tokenizer, texts, z, z_kind, batch_size, max_length)
-        run = _Run(model, batches, method, affine, shrinkage)
+        if background is not None:
+            check_texts(background, batch_size, max_length)
+            batches += _background_batches(model, tokenizer, background, batch_size, max_length)
+        make = partial(
+            LeaceFitter, method=method, affine=affine, shrinkage=shrinkage, rank=rank,
+            svd_tol=svd_tol, strength=strength,
+        )  # fmt: skip
+        run = _Run(model, batches, make)
         scrubber = cls()
         with evaluating(model):
             order = run.order(resolve(model, sites))
@@ -152,17 +179,12 @@ class ConceptScrubber:
             model: The model, with or without its head.
 
         Raises:
-            EditError: If there are no erasers.
+            EditError: If there are no erasers, or one of them is in force at its place already.
             SiteNotFoundError: If an eraser's place is not in the model.
             SpaceError: If an eraser was fitted in another model, at another place, or has another
                 width. Nothing is changed then.
         """
-        self._check_spaces(model)
-
-        def erase(key: str, x: Tensor) -> Tensor:
-            return self.erasers[key](x).type_as(x)
-
-        with self.apply_hook(model, erase):
+        with self.attach(model):
             yield self
 
     @contextmanager
@@ -191,28 +213,35 @@ class ConceptScrubber:
         """Erase at every site until the returned edit is undone.
 
         Raises:
-            EditError: If there are no erasers, or the same ones are attached already, by this
-                scrubber or by a copy of it.
+            EditError: If there are no erasers, or one of them is in force at its place already: by
+                this scrubber or a copy of it, or by itself. Also if one is given twice for a place.
             SiteNotFoundError: If an eraser's place is not in the model.
             SpaceError: As `scrub`.
         """
         places = self._check_spaces(model)
         patches = [HookPatch(places[key], eraser) for key, eraser in self.erasers.items()]
-        content = sorted(
-            f"{place.module}:{place.when}:{self.erasers[key].digest}"
-            for key, place in places.items()
-        )
-        digest = hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
-        return Edit(model, patches, label="concept scrubbing", key=f"scrub:{digest}")
+        keys = place_keys(model, [(self.erasers[key], place) for key, place in places.items()])
+        return Edit(model, patches, label="concept scrubbing", key=keys)
 
     def save_pretrained(self, path: str | Path) -> Path:
-        """Write one folder for each eraser, and an index; return the folder."""
+        """Write one folder for each eraser, and an index; return the folder.
+
+        The index is written last and whole, and holds the digests of the erasers: a folder over which
+        saving was interrupted does not load. Erasers of an earlier, larger scrubber are removed.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         for i, eraser in enumerate(self.erasers.values()):
             eraser.save_pretrained(folder / str(i))
-        index = {"format_version": 1, "pre_hook": self.pre_hook, "keys": list(self.erasers)}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {
+            "format_version": 1,
+            "pre_hook": self.pre_hook,
+            "keys": list(self.erasers),
+            "digests": [eraser.digest for eraser in self.erasers.values()],
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        write(folder / INDEX_FILE, lambda p: p.write_text(text, encoding="utf-8"))
+        _remove_stale(folder, len(self.erasers))
         return folder
 
     @classmethod
@@ -229,14 +258,22 @@ class ConceptScrubber:
         try:
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
             version, pre_hook, keys = (index[k] for k in ("format_version", "pre_hook", "keys"))
+            digests = index.get("digests")  # absent in folders of version 0.1
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{folder / INDEX_FILE} is not a scrubber's index: {error}") from None
         valid = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+        valid &= digests is None or (isinstance(digests, list) and len(digests) == len(keys))
         if version != 1 or not valid or not isinstance(pre_hook, bool):
             raise FormatError(f"{folder / INDEX_FILE} is damaged or of version {version!r}, not 1")
         scrubber = cls(pre_hook)
         for i, key in enumerate(keys):
-            scrubber.erasers[key] = RepresentationEraser.from_pretrained(folder / str(i))
+            eraser = RepresentationEraser.from_pretrained(folder / str(i))
+            if digests is not None and eraser.digest != digests[i]:
+                raise FormatError(
+                    f"{folder / str(i)} is not the eraser that {INDEX_FILE} speaks of (digest "
+                    f"{eraser.digest}, not {digests[i]}): saving was interrupted. Save it again"
+                )
+            scrubber.erasers[key] = eraser
         return scrubber
 
     def _places(self, model: nn.Module) -> dict[str, Site]:
@@ -251,13 +288,14 @@ class ConceptScrubber:
     def _check_spaces(self, model: nn.Module) -> dict[str, Site]:
         """Return the place of every eraser; refuse erasers that do not belong there."""
         spaces = {key: e.space for key, e in self.erasers.items() if e.space is not None}
-        mark = base_fingerprint(model) if spaces else ""
+        marks = lineage(model) if spaces else frozenset()
         for key, space in spaces.items():
-            if space.fingerprint != mark:
+            if space.fingerprint not in marks:
                 raise SpaceError(
                     f"the eraser {key!r} was fitted in {space.model} (weights "
-                    f"{space.fingerprint[:12]}); this model has weights {mark[:12]}. Fit it again, "
-                    "or use with_space(None) if you are sure"
+                    f"{space.fingerprint[:12]}); this model has weights "
+                    f"{base_fingerprint(model)[:12]}. Fit it again, or use with_space(None) if you "
+                    "are sure"
                 )
         places = self._places(model)
         for key, place in places.items():
@@ -279,7 +317,7 @@ class ConceptScrubber:
         when: Literal["input", "output"] = "input" if self.pre_hook else "output"
         modules = {path for path, _ in model.named_modules() if path}
         dotted = key.replace("-", ".")
-        for path in (f"{_base(model)[0]}.{dotted}", dotted):
+        for path in (f"{base_of(model)[0]}.{dotted}", dotted):
             if path in modules:
                 return Site(key, path, "module", when)
         found = resolve(model, key)
@@ -288,6 +326,17 @@ class ConceptScrubber:
                 f"the key {key!r} stands for {len(found)} places; use one key for each"
             )
         return replace(found[0], when=when) if self.pre_hook else found[0]
+
+
+def _remove_stale(folder: Path, count: int) -> None:
+    """Remove the files of erasers numbered ``count`` and above; whatever else lies there stays."""
+    for stale in folder.iterdir():
+        number = stale.name
+        if number.isdecimal() and int(number) >= count and (stale / CONFIG_FILE).is_file():
+            for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
+                (stale / name).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                stale.rmdir()
 
 
 def _fitted_at(model: nn.Module, name: str, place: Site) -> bool:
@@ -322,7 +371,7 @@ def random_scrub(
         ValueError: If the subspace does not fit the width of a site.
     """
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
-    path, base = _base(model)
+    path, base = base_of(model)
     if sites is None:
         norms = [name for name, module in base.named_modules() if is_norm_layer(module)]
         places = [Site(n, f"{path}.{n}" if path else n, "module") for n in norms]
@@ -354,11 +403,15 @@ def random_scrub(
 
 @dataclass
 class _Batch:
-    """Model inputs of some texts, the tokens that count ``(b, t)``, and their labels ``(m, c)``."""
+    """Model inputs of some texts, the tokens that count ``(b, t)``, their labels and their texts.
+
+    ``labels`` is ``(m, c)``, or None for background; ``rows`` ``(m,)`` is the index of the text.
+    """
 
     inputs: dict[str, Tensor]
     mask: Tensor
-    labels: Tensor
+    rows: Tensor
+    labels: Tensor | None = None
 
 
 @dataclass
@@ -382,14 +435,11 @@ class _Run:
         self,
         model: nn.Module,
         batches: list[_Batch],
-        method: ErasureMethod,
-        affine: bool,
-        shrinkage: bool | Literal["auto"],
+        make: Callable[..., LeaceFitter],
     ) -> None:
-        self.model, self.batches = model, batches
-        self.method, self.affine, self.shrinkage = method, affine, shrinkage
+        self.model, self.batches, self.make = model, batches, make
         self.done: list[tuple[Site, RepresentationEraser]] = []
-        self.base = _base(model)[1]
+        self.base = base_of(model)[1]
         self.name, self.mark = model_id(model), base_fingerprint(model)
         self.blocks: list[str] = []
         self.states: list[Tensor] = []
@@ -454,23 +504,18 @@ class _Run:
                             f"site {site.name!r} gives {tuple(x.shape)} for tokens "
                             f"{tuple(batch.mask.shape)}; choose a site with one vector per token"
                         )
+                    kept = x[batch.mask.to(x.device)]
+                    if batch.labels is None:  # these come last, so there is a fitter
+                        fitters[0].update_background(kept)
+                        continue
                     if not fitters:
-                        fitters.append(self._fitter(x, batch.labels))
-                    fitters[0].update(x[batch.mask.to(x.device)], batch.labels.to(x.device))
+                        width, columns = x.shape[-1], batch.labels.shape[1]
+                        fitters.append(self.make(width, columns, device=x.device))
+                    fitters[0].update(kept, batch.labels.to(x.device), groups=batch.rows)
             finally:
                 handle.remove()
         space = Space(self.name, self.mark, site.name, "all", fitters[0].x_dim)
         self.done.append((site, fitters[0].eraser.with_space(space)))
-
-    def _fitter(self, x: Tensor, labels: Tensor) -> LeaceFitter:
-        return LeaceFitter(
-            x.shape[-1],
-            labels.shape[1],
-            self.method,
-            affine=self.affine,
-            shrinkage=self.shrinkage,
-            device=x.device,
-        )
 
     def advance(self, site: Site) -> None:
         """Bring the kept states to the block that holds the site; outside of blocks, drop them."""
@@ -553,19 +598,9 @@ def _first(output: object) -> Tensor:
     return cast("Tensor", value)
 
 
-def _base(model: nn.Module) -> tuple[str, nn.Module]:
-    """Return the path and the module of the model without its head."""
-    base = getattr(model, "base_model", None)
-    if isinstance(base, nn.Module):
-        for path, module in model.named_modules():
-            if module is base:
-                return path, base
-    return "", model
-
-
 def _key(model: nn.Module, site: Site) -> str:
     """Return the key of a site: its mangled module path, or its name where that cannot say it."""
-    prefix = _base(model)[0]
+    prefix = base_of(model)[0]
     prefix = f"{prefix}." if prefix else ""
     if site.when == "input" or "-" in site.module or not site.module.startswith(prefix):
         return site.name
@@ -588,17 +623,37 @@ def _batches(
     for first in range(0, len(texts), size):
         part = list(texts[first : first + size])
         inputs = encode_batch(model, tokenizer, part, first, max_length)
-        mask = inputs["attention_mask"].bool()
-        lengths = mask.sum(1).tolist()
+        batch = _unlabelled(inputs, first)
         if counts is None:
-            chosen = labels[first : first + size]
-            rows = chosen.repeat_interleave(mask.sum(1).to(chosen.device), dim=0)
+            batch.labels = labels[batch.rows.to(labels.device)]
         else:
+            lengths = batch.mask.sum(1).tolist()
             _check_lengths(lengths, counts[first : first + size], first)
-            rows = labels[start : start + sum(lengths)]
+            batch.labels = labels[start : start + sum(lengths)]
             start += sum(lengths)
-        batches.append(_Batch(inputs, mask, rows.to(mask.device)))
+        batches.append(batch)
     return batches
+
+
+def _background_batches(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    size: int,
+    max_length: int | None,
+) -> list[_Batch]:
+    """Tokenise texts that have no labels."""
+    return [
+        _unlabelled(encode_batch(model, tokenizer, list(texts[i : i + size]), i, max_length), i)
+        for i in range(0, len(texts), size)
+    ]
+
+
+def _unlabelled(inputs: dict[str, Tensor], first: int) -> _Batch:
+    """Return a batch without labels; ``first`` is the index of its first text."""
+    mask = inputs["attention_mask"].bool()
+    texts = torch.arange(first, first + len(mask))
+    return _Batch(inputs, mask, texts.repeat_interleave(mask.sum(1).cpu()))
 
 
 def _check_lengths(lengths: list[int], counts: list[int], first: int) -> None:

@@ -7,8 +7,7 @@ import sys
 
 import torch
 
-from concept_erasure import LeaceEraser
-from concept_erasure.collect import collect
+from concept_erasure import LeaceFitter, collect, fit_streaming
 from concept_erasure.probes import evaluate
 
 WOMEN = ["actress", "queen", "nun", "mother", "aunt", "waitress", "princess", "wife"]
@@ -48,8 +47,13 @@ else:
     site = "residual.1"
 
 # What the model holds of each text at one site; the model is not changed by looking.
-found = collect(model, tokenizer, texts, labels, sites=site, tokens="mean")
-eraser = LeaceEraser.fit(found)
+found = collect(model, tokenizer, texts, labels, sites=site, tokens="last")
+# Labels belong to last tokens; with background=True the edit is the smallest on all tokens it will act on.
+fitted = fit_streaming(
+    model, tokenizer, texts, labels, sites=site, tokens="last", background=True,
+    fitter=lambda width: LeaceFitter(width, 2, classes=["f", "m"]),
+)  # fmt: skip
+eraser = fitted[site].eraser
 print(eraser)
 batch = tokenizer(texts, return_tensors="pt", padding=True)
 batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -62,6 +66,6 @@ with torch.no_grad():
 print(f"logits moved by {(during - before).abs().max():.3f} while attached")
 assert torch.equal(before, after), "the way back is exact"
 
-# `found.x` was used for the fit, so this shows the guarantee, not generalisation.
-for name, x in (("before", found.x), ("after", eraser(found.x))):
-    print(name, evaluate(x, labels, x, labels, probe="linear"))
+# These rows were used for the fit, so this shows the guarantee, not generalisation.
+for name, rows in (("before", found), ("after", eraser(found))):
+    print(name, evaluate(rows.x, labels, rows.x, labels, probe="linear"))

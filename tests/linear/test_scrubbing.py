@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from concept_erasure.collect import collect
 from concept_erasure.errors import (
     EditError,
     FormatError,
@@ -13,7 +14,7 @@ from concept_erasure.errors import (
     SiteNotFoundError,
     SpaceError,
 )
-from concept_erasure.linear.leace import LeaceEraser
+from concept_erasure.linear.leace import LeaceEraser, LeaceFitter
 from concept_erasure.linear.scrubbing import ConceptScrubber, random_scrub
 from concept_erasure.sites import Space, find_sites, fingerprint, hook
 from concept_erasure.utils import assert_type, is_norm_layer, mangle_module_path
@@ -310,7 +311,13 @@ def test_erasers_carry_their_space(cached: bool, tmp_path: Path) -> None:
         for copy in (scrubber, loaded):
             with pytest.raises(EditError, match="in force on this model already"):
                 copy.attach(model)
-    with loaded.attach(model), scrubber.scrub(model):  # the weights are those before the edit
+    with (
+        loaded.attach(model),
+        pytest.raises(EditError, match="in force on this model already"),
+        scrubber.scrub(model),
+    ):
+        pass
+    with scrubber.apply_hook(model, lambda *_: None), loaded.scrub(model):
         pass
     with loaded.scrub(model.get_submodule("model")):  # without the head
         pass
@@ -378,3 +385,127 @@ def test_texts_are_read_as_by_collect() -> None:
     with pytest.raises(TypeError, match="one string"):
         fit("abc")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_scrubber_and_one_of_its_own_erasers(tmp_path: Path) -> None:
+    texts, labels = corpus(12)
+    model, sites = tiny("llama"), ["norm1.0", "model.layers.1.mlp"]
+    scrubber = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites=sites, strength=0.5)
+    loaded = ConceptScrubber.from_pretrained(scrubber.save_pretrained(tmp_path / "s"))
+    base = model.get_submodule("model")
+    for eraser in (*scrubber.erasers.values(), *loaded.erasers.values()):
+        place = "mlp.1" if "mlp" in eraser.space.site else "norm1.0"  # type: ignore[union-attr]
+        for one, other in ((model, base), (base, model)):
+            with eraser.with_space(None).attach(one, sites=place):
+                for attach in (scrubber.attach, loaded.attach):
+                    with pytest.raises(EditError, match="in force"):
+                        attach(other)
+            with scrubber.attach(other), pytest.raises(EditError, match="in force"):
+                eraser.with_space(None).to(dtype=torch.float32).attach(one, sites=place)
+    twice = ConceptScrubber()
+    one = next(iter(scrubber.erasers.values())).with_space(None)
+    twice.erasers = {"norm1.0": one, "layers-0-input_layernorm": one}
+    with pytest.raises(EditError, match="given twice for one place"):
+        twice.attach(model)
+
+
+def test_erasers_outlive_a_commit() -> None:
+    texts, labels = corpus(12)
+    model = tiny("gpt2")
+    scrubber = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.*")
+    before = fingerprint(model)
+    erasers = list(scrubber.erasers.values())
+    erasers[0].apply(model).commit()
+    assert fingerprint(model) != before
+    with scrubber.attach(model), scrubber.apply_hook(model, lambda *_: None):
+        pass
+
+
+def test_saving_over_a_larger_scrubber(tmp_path: Path) -> None:
+    texts, labels = corpus(8)
+    model, folder = tiny("llama"), tmp_path / "s"
+    large = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.*")
+    large.save_pretrained(folder)
+    (folder / "2" / "notes.txt").write_text("mine")
+    (folder / "9").mkdir()
+    (folder / "notes").mkdir()
+    small = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm2.0")
+    small.save_pretrained(folder)
+    found = sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.parent != folder / "0"
+    )
+    assert found == ["0", "2", "2/notes.txt", "9", "notes", "scrubber.json"]
+    assert list(ConceptScrubber.from_pretrained(folder).erasers) == list(small.erasers)
+
+
+def test_an_interrupted_save_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, labels = corpus(8)
+    model, folder = tiny("llama"), tmp_path / "s"
+    old = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.*")
+    old.save_pretrained(folder)
+    index = (folder / "scrubber.json").read_bytes()
+    new = ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm2.*")
+
+    def full_disk(path: Path, fill: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("concept_erasure.linear.scrubbing.write", full_disk)  # the index alone
+    with pytest.raises(OSError, match="no space"):
+        new.save_pretrained(folder)
+    assert (folder / "scrubber.json").read_bytes() == index
+    with pytest.raises(FormatError, match="saving was interrupted"):
+        ConceptScrubber.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_options_reach_every_fit(cached: bool) -> None:
+    texts, labels = corpus(24)
+    model = tiny("llama")
+    three = [i % 3 for i in range(24)]
+    options = {"sites": ["norm1.0", "mlp.1"], "cached": cached}
+    whole = ConceptScrubber.fit(model, TinyTokenizer(), texts, three, **options)  # type: ignore[arg-type]
+    one = ConceptScrubber.fit(
+        model,
+        TinyTokenizer(),
+        texts,
+        three,
+        rank=1,
+        strength=0.5,
+        svd_tol=1e-6,
+        background=["sun sea", "tree", "river cloud fire"],
+        **options,  # type: ignore[arg-type]
+    )
+    assert [e.map.rank for e in whole.erasers.values()] == [2, 2]
+    for eraser in one.erasers.values():
+        assert eraser.map.rank == 1
+        config = assert_type(LeaceEraser, eraser).config
+        assert vars(config) == {
+            "method": "leace",
+            "affine": True,
+            "shrinkage": "auto",
+            "rank": 1,
+            "svd_tol": 1e-6,
+            "strength": 0.5,
+        }
+        assert eraser.report["background_rows"] == 6
+    with pytest.raises(ValueError, match="strength"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, strength=float("nan"))
+    with pytest.raises(ValueError, match="text 1 has no tokens"):
+        ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, background=["a", ""])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_tokens_of_a_text_are_one_group(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, labels = corpus()
+    model, given = tiny("llama"), list[Tensor]()
+    update = LeaceFitter.update
+
+    def recorded(fitter: LeaceFitter, x: object, z: object, *, groups: Tensor) -> LeaceFitter:
+        given.append(groups)
+        return update(fitter, x, z, groups=groups)
+
+    monkeypatch.setattr(LeaceFitter, "update", recorded)
+    ConceptScrubber.fit(model, TinyTokenizer(), texts, labels, sites="norm1.1", cached=cached)
+    data = collect(model, TinyTokenizer(), texts, labels, sites="norm1.1", tokens="all")
+    assert data.rows is not None
+    assert torch.equal(torch.cat(given), data.rows)

@@ -193,8 +193,9 @@ def test_a_group_on_both_sides_is_refused() -> None:
     with pytest.raises(ValueError, match="1 groups are in the training and in the test set.*'t15'"):
         evaluate(x[:310], z[:310], x[310:], z[310:], groups=(groups[:310], groups[310:]))
     split = (groups[:300], groups[300:])
-    grouped = evaluate(x[:300], z[:300], x[300:], z[300:], groups=split)
-    alone = evaluate(x[:300], z[:300], x[300:], z[300:])
+    probe = LinearProbe(C=1.0)  # chooses nothing, so groups only touch the intervals
+    grouped = evaluate(x[:300], z[:300], x[300:], z[300:], groups=split, probe=probe)
+    alone = evaluate(x[:300], z[:300], x[300:], z[300:], probe=probe)
     assert grouped.accuracy == alone.accuracy
     assert grouped.groups == 15
     assert grouped.high - grouped.low > alone.high - alone.low
@@ -215,10 +216,10 @@ def test_interval_of_the_log_loss() -> None:
 
 def test_a_group_of_its_own_for_each_vector_changes_little() -> None:
     x, z = data(200, 5, 2)
-    alone = evaluate(x[:100], z[:100], x[100:], z[100:])
-    split = evaluate(
-        x[:100], z[:100], x[100:], z[100:], groups=(list(range(100)), list(range(100, 200)))
-    )
+    probe = LinearProbe(C=1.0)
+    alone = evaluate(x[:100], z[:100], x[100:], z[100:], probe=probe)
+    groups = (list(range(100)), list(range(100, 200)))
+    split = evaluate(x[:100], z[:100], x[100:], z[100:], groups=groups, probe=probe)
     assert split.low == pytest.approx(alone.low, abs=0.01)
     assert split.log_loss_low == pytest.approx(alone.log_loss_low)
 

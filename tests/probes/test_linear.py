@@ -13,7 +13,7 @@ from torch import Tensor
 
 from concept_erasure.errors import ConceptErasureError, ErasureWarning, ShapeError
 from concept_erasure.probes import LinearProbe
-from concept_erasure.probes._solve import Standardize
+from concept_erasure.probes._ridge import Scaling
 
 
 def data(n: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -21,6 +21,30 @@ def data(n: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
     noise = torch.randn(n, k, generator=generator, dtype=torch.float64)
     return x, (2 * x[:, :k] + 2 * noise).argmax(dim=1)
+
+
+def one_large_direction(
+    size: float, *, rotated: bool, concept: float = 1.0, d: int = 32
+) -> tuple[Tensor, Tensor]:
+    """A concept 2 deviations apart along one axis, and an unrelated axis of the given size."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3600, d, generator=generator, dtype=torch.float64)
+    z = torch.rand(3600, generator=generator) < 0.5
+    x[:, 3] = (x[:, 3] + 2 * z.double()) * concept
+    x[:, 9] *= size
+    if rotated:
+        x = x @ torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+    return x, z
+
+
+def decaying(n: int, d: int, axis: int) -> tuple[Tensor, Tensor]:
+    """Variances that fall like i^-2, and a concept 2 deviations apart along one of the directions."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    z = torch.rand(n, generator=generator) < 0.5
+    x[:, axis] += 2 * z.double()
+    x = x / torch.arange(1, d + 1, dtype=torch.float64)
+    return x @ torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0], z
 
 
 @pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
@@ -172,9 +196,9 @@ def test_separable_data_with_a_weak_penalty_converges() -> None:
     assert fitted.accuracy(x, x[:, 0] > 0) == 1
 
 
-@pytest.mark.parametrize("standardize", ["global", "feature"])
+@pytest.mark.parametrize("standardize", ["auto", "median", "clip", "whiten", "global", "feature"])
 @pytest.mark.parametrize("scale", [1e-200, 1e-20, 1e-3, 1e3, 1e20, 1e200])
-def test_units_of_x_do_not_matter(scale: float, standardize: Standardize) -> None:
+def test_units_of_x_do_not_matter(scale: float, standardize: Scaling) -> None:
     x, z = data(300, 5, 2)
     x = x + 2
     want = LinearProbe(standardize=standardize).fit(x, z)
@@ -195,14 +219,16 @@ def test_global_units_are_one_number() -> None:
     x = x * torch.tensor([1.0, 2.0, 3.0, 4.0])
     size = float(x.var(dim=0, correction=0).mean().sqrt())
     want = LinearProbe(standardize=None).fit(x / size, z)
-    torch.testing.assert_close(LinearProbe().fit(x, z).coef * size, want.coef)
+    torch.testing.assert_close(
+        LinearProbe(C=1.0, standardize="global").fit(x, z).coef * size, want.coef
+    )
 
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_feature_units_agree_with_sklearn(k: int) -> None:
     x, z = data(300, 5, k)
     x = x * torch.tensor([1e-3, 1.0, 1e3, 1.0, 30.0]) + 1
-    ours = LinearProbe(standardize="feature").fit(x, z)
+    ours = LinearProbe(C=1.0, standardize="feature").fit(x, z)
     theirs = make_pipeline(StandardScaler(), LogisticRegression(tol=1e-10, max_iter=5000))
     theirs.fit(x.numpy(), z.numpy())
     np.testing.assert_allclose(ours.predict_proba(x), theirs.predict_proba(x.numpy()), atol=1e-4)
@@ -214,3 +240,78 @@ def test_a_constant_feature_stays_harmless() -> None:
     fitted = LinearProbe(standardize="feature").fit(wide, z)
     want = LinearProbe(standardize="feature").fit(x, z)
     torch.testing.assert_close(fitted.predict_proba(wide), want.predict_proba(x))
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e8])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_large_direction_does_not_hide_the_others(size: float, rotated: bool) -> None:
+    x, z = one_large_direction(size, rotated=rotated)
+    fitted = LinearProbe().fit(x[:600], z[:600])
+    assert fitted.accuracy(x[600:], z[600:]) > 0.8
+    assert fitted.log_loss(x[600:], z[600:]) < 0.42
+    old = LinearProbe(C=1.0, standardize="global").fit(x[:600], z[:600])
+    assert old.log_loss(x[600:], z[600:]) > 0.65
+
+
+@pytest.mark.parametrize("concept", [1e-1, 1e-2])
+def test_a_small_direction_is_read(concept: float) -> None:
+    x, z = one_large_direction(1e3, rotated=True, concept=concept)
+    fitted = LinearProbe().fit(x[:600], z[:600])
+    assert fitted.accuracy(x[600:], z[600:]) > 0.78
+    if concept == 1e-2:
+        assert fitted.standardize == "whiten"
+
+
+def test_few_rows_and_many_directions_do_not_leave_chance() -> None:
+    x, z = decaying(2400, 300, 40)
+    fitted = LinearProbe().fit(x[:400], z[:400])
+    assert fitted.standardize == "median"  # whitening would know the rows held out
+    assert fitted.accuracy(x[400:], z[400:]) > 0.72
+    assert fitted.log_loss(x[400:], z[400:]) < 0.6
+    whole = LinearProbe(C=1.0, standardize="whiten").fit(x[:400], z[:400])
+    assert whole.accuracy(x[400:], z[400:]) < fitted.accuracy(x[400:], z[400:]) - 0.04
+    assert whole.log_loss(x[400:], z[400:]) > 0.7
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_nothing_is_read_where_nothing_is(k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 60, generator=generator)
+    z = torch.randint(0, k, (1500,), generator=generator)
+    fitted = LinearProbe().fit(x[:500], z[:500])
+    assert fitted.log_loss(x[500:], z[500:]) < float(torch.tensor(k).log()) + 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_left_by_a_projection_is_not_read(dtype: torch.dtype) -> None:
+    x, z = data(1500, 12, 2)
+    gap = x[z == 1].mean(0) - x[z == 0].mean(0)
+    gap = (gap / gap.norm()).to(dtype)
+    x = x.to(dtype)
+    erased = x - (x @ gap)[:, None] * gap
+    fitted = LinearProbe().fit(erased, z)
+    assert fitted.log_loss(erased, z) > 0.68
+
+
+def test_groups_keep_together_what_repeats() -> None:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.arange(60).repeat_interleave(8)
+    z = torch.rand(60, generator=generator) < 0.5
+    x = 5 * torch.randn(60, 40, generator=generator)[text]
+    x = x + torch.randn(480, 40, generator=generator)
+    test = 5 * torch.randn(800, 40, generator=generator)
+    truth = torch.rand(800, generator=generator) < 0.5
+    losses = [
+        LinearProbe().fit(x, z[text], groups=groups).log_loss(test, truth)
+        for groups in (text, None)
+    ]
+    assert losses[0] < 0.75 < losses[1]
+
+
+def test_a_given_c_is_used_as_it_is() -> None:
+    x, z = data(300, 4, 2)
+    fitted = LinearProbe(C=3.0).fit(x, z)
+    assert (fitted.C, fitted.standardize) == (3.0, "median")
+    assert LinearProbe(standardize=None).fit(x, z).C == 1
+    with pytest.raises(ValueError, match="'auto'"):
+        LinearProbe(C="best")  # type: ignore[arg-type]

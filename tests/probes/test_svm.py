@@ -9,7 +9,7 @@ from sklearn.svm import LinearSVC
 
 from concept_erasure.errors import ErasureWarning, ShapeError
 from concept_erasure.probes import SvmProbe
-from tests.probes.test_linear import data
+from tests.probes.test_linear import data, one_large_direction
 
 
 @pytest.mark.parametrize("penalty", [0.05, 1.0])
@@ -53,7 +53,7 @@ def test_bad_input_and_too_few_steps() -> None:
     with pytest.raises(ValueError, match="C must be positive"):
         SvmProbe(C=-1)
     with pytest.warns(ErasureWarning, match="svm"):
-        SvmProbe(max_iter=1).fit(x, z)
+        SvmProbe(C=1.0, max_iter=1).fit(x, z)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e20])
@@ -62,3 +62,10 @@ def test_units_of_x_do_not_matter(scale: float) -> None:
     here, there = SvmProbe().fit(x, z), SvmProbe().fit(x * scale, z)
     torch.testing.assert_close(there.decision(x * scale), here.decision(x), atol=1e-6, rtol=1e-6)
     assert SvmProbe(standardize=None).fit(x * 1e-3, z).decision(x * 1e-3).std() < 0.5
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_large_direction_does_not_hide_the_others(size: float, rotated: bool) -> None:
+    x, z = one_large_direction(size, rotated=rotated)
+    assert SvmProbe().fit(x[:600], z[:600]).accuracy(x[600:], z[600:]) > 0.8
