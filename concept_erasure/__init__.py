@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from concept_erasure.linear.oracle import OracleEraser, OracleFitter
     from concept_erasure.linear.quadratic import QuadraticEditor, QuadraticEraser, QuadraticFitter
     from concept_erasure.linear.quantile import QuantileNormalizer, cdf, icdf
+    from concept_erasure.linear.rlace import RlaceEraser
     from concept_erasure.linear.sal import SalEraser, SalFitter
     from concept_erasure.linear.scrubbing import ConceptScrubber
     from concept_erasure.linear.splince import SplinceEraser
@@ -63,6 +64,7 @@ _PLACES = {
     "linear.leace": ("ErasureMethod", "LeaceEraser", "LeaceFitter"),
     "linear.inlp": ("InlpEraser",),
     "linear.mean_projection": ("MeanProjectionEraser", "MeanProjectionFitter"),
+    "linear.rlace": ("RlaceEraser",),
     "linear.sal": ("SalEraser", "SalFitter"),
     "linear.oracle": ("OracleEraser", "OracleFitter"),
     "linear.quadratic": ("QuadraticEditor", "QuadraticEraser", "QuadraticFitter"),
@@ -106,6 +108,7 @@ __all__ = [
     "Report",
     "RepresentationEraser",
     "Representations",
+    "RlaceEraser",
     "SalEraser",
     "SalFitter",
     "ShapeError",

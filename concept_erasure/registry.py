@@ -117,6 +117,14 @@ METHODS: dict[str, Method] = {
             paper="Arditi et al. 2024, arXiv:2406.11717",
         ),
         Method(
+            name="rlace",
+            family="linear",
+            target="concept_erasure.linear.rlace:RlaceEraser",
+            guarantees=frozenset({"idempotent", "orthogonal", "mean_preserving"}),
+            summary="Remove the k directions that leave a linear predictor worst off; for two classes in closed form.",
+            paper="Ravfogel et al. 2022, arXiv:2201.12091",
+        ),
+        Method(
             name="inlp",
             family="linear",
             target="concept_erasure.linear.inlp:InlpEraser",

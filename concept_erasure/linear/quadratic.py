@@ -501,7 +501,8 @@ def _rows(
 
 
 def _move(x: Tensor, source: Tensor, matrix: Tensor, target: Tensor) -> Tensor:
-    """Return ``(x - source) @ matrix.T + target`` in the wider dtype, cast back to that of x."""
+    """Return ``(x - source) @ matrix.T + target`` in the wider dtype, on the device and in the dtype of x."""
     work = torch.promote_types(x.dtype, matrix.dtype)
-    moved = (x.to(work) - source.to(work)) @ matrix.to(work).mT + target.to(work)
+    source, matrix, target = (value.to(x.device, work) for value in (source, matrix, target))
+    moved = (x.to(work) - source) @ matrix.mT + target
     return moved.to(x.dtype)
