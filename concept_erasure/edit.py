@@ -22,6 +22,7 @@ from concept_erasure.patches import (
     ColumnPatch,
     DensePatch,
     HookPatch,
+    LoraPatch,
     LowRankPatch,
     Patch,
     WatchedPatch,
@@ -35,6 +36,8 @@ __all__ = [
     "DensePatch",
     "Edit",
     "HookPatch",
+    "JointEdit",
+    "LoraPatch",
     "LowRankPatch",
     "Patch",
     "active_edits",
@@ -210,9 +213,8 @@ class Edit:
             return
         if self._state == "committed":
             raise EditError(f"{self.label} was committed: its originals are gone")
+        self._check_last()
         stack, model = self._stack, self._model
-        if stack[-1] is not self:
-            raise EditError(f"undo {stack[-1].label} first: edits are undone last in, first out")
         failures: list[Exception] = []
         discarded: list[str] = []
         for patch in reversed(self._patches):
@@ -235,6 +237,11 @@ class Edit:
                 stacklevel=stacklevel,
             )
 
+    def _check_last(self) -> None:
+        stack = self._stack
+        if stack[-1] is not self:
+            raise EditError(f"undo {stack[-1].label} first: edits are undone last in, first out")
+
     def commit(self) -> None:
         """Keep the change for good and drop the originals.
 
@@ -245,18 +252,8 @@ class Edit:
         """
         if self._state == "committed":
             return
-        if self._state == "undone":
-            raise EditError(f"{self.label} was undone: there is nothing to commit")
-        if any(isinstance(patch, HookPatch) for patch in self._patches):
-            raise EditError(
-                f"{self.label} is attached by hooks and cannot be committed; undo it, or use apply()"
-            )
+        self._check_commit()
         stack = self._stack
-        for older in stack[: stack.index(self)]:
-            if shared := sorted(older.targets & self.targets):
-                raise EditError(
-                    f"commit or undo {older.label} first: its undo would overwrite {shared[0]!r}"
-                )
         base = cast("nn.Module", self._base())  # alive: it has a stack
         known = _LINEAGE.get(base, [])
         mark = base_fingerprint(base)
@@ -272,6 +269,20 @@ class Edit:
         if stack:
             _BASE[base] = mark
 
+    def _check_commit(self) -> None:
+        if self._state == "undone":
+            raise EditError(f"{self.label} was undone: there is nothing to commit")
+        if any(isinstance(patch, HookPatch | LoraPatch) for patch in self._patches):
+            raise EditError(
+                f"{self.label} is attached by hooks and cannot be committed; undo it, or use apply()"
+            )
+        stack = self._stack
+        for older in stack[: stack.index(self)]:
+            if shared := sorted(older.targets & self.targets):
+                raise EditError(
+                    f"commit or undo {older.label} first: its undo would overwrite {shared[0]!r}"
+                )
+
     def _leave(self, stack: list[Edit]) -> None:
         stack.remove(self)
         base = self._base()
@@ -284,6 +295,9 @@ class Edit:
         for patch, norm in zip(self._patches, self._norms, strict=True):
             what = type(patch).__name__.removesuffix("Patch").lower()
             change = "" if isinstance(patch, HookPatch) else f", norm of change {norm:.4g}"
+            share = getattr(patch, "share_changed", None)
+            if share is not None and share < 1:
+                change += f", {share:.1%} of the entries changed"
             lines.append(f"  {patch.target}: {what}{change}, {patch.bytes_held} bytes held")
         return "\n".join(lines)
 
@@ -314,3 +328,95 @@ class Edit:
 
     def __repr__(self) -> str:
         return f"Edit({self.label!r}, {self._state}, patches={len(self._patches)})"
+
+
+class JointEdit(Edit):
+    """One transaction on several models, such as the denoiser and the text encoders of a pipeline.
+
+    Each model keeps its own stack of edits; here all are applied, undone and committed, or none.
+
+    Args:
+        parts: The models with their patches, in the order they are applied.
+        label: Shown in summaries.
+        key: As for `Edit`.
+
+    Raises:
+        EditError: If there is nothing to change, or a part is refused (no model is changed then).
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[nn.Module, Sequence[Patch]]],
+        *,
+        label: str = "edit",
+        key: str | Iterable[str] | None = None,
+    ) -> None:
+        self.label = label
+        self.keys = frozenset({key} if isinstance(key, str) else key or ())
+        self._parts: list[Edit] = []
+        filled = [(model, patches) for model, patches in parts if patches]
+        if not filled:
+            raise EditError(f"{label}: there is nothing to change")
+        try:
+            for model, patches in filled:
+                self._parts.append(Edit(model, patches, label=label, key=self.keys))
+        except BaseException:
+            for part in reversed(self._parts):
+                part.undo()
+            raise
+
+    @property
+    def active(self) -> bool:
+        """Whether the change is in force and can be undone."""
+        return all(part.active for part in self._parts)
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The patches of all models, in the order they were applied."""
+        return tuple(patch for part in self._parts for patch in part.patches)
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """Names of the parameters that undoing overwrites, each in its own model."""
+        return frozenset(name for part in self._parts for name in part.targets)
+
+    def undo(self) -> None:
+        """Restore every bit in every model, see `Edit.undo`; nothing is undone if one part cannot be."""
+        for part in self._parts:
+            if part._state == "committed":
+                raise EditError(f"{self.label} was committed: its originals are gone")
+            if part.active:
+                part._check_last()
+        for part in reversed(self._parts):
+            part._undo(stacklevel=3)
+
+    def commit(self) -> None:
+        """Keep the change for good, see `Edit.commit`; nothing is committed if one part cannot be."""
+        for part in self._parts:
+            if part._state != "committed":
+                part._check_commit()
+        for part in self._parts:
+            part.commit()
+
+    def summary(self) -> str:
+        """Return the summaries of all models."""
+        return "\n".join(part.summary() for part in self._parts)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Undo in every model, later edits in force first."""
+        failures: list[Exception] = []
+        for part in reversed(self._parts):
+            try:
+                part.__exit__(kind, error, trace)
+            except Exception as failure:  # noqa: BLE001 the other models are still undone
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
+
+    def __repr__(self) -> str:
+        return f"JointEdit({self.label!r}, models={len(self._parts)}, patches={len(self.patches)})"

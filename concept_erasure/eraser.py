@@ -34,6 +34,8 @@ from concept_erasure._storage import (
     read_tensors,
     write,
 )
+from concept_erasure.diffusion.maps import PIPELINE_SITES, is_pipeline
+from concept_erasure.diffusion.tokens import TokenRule
 from concept_erasure.edit import Edit, HookPatch, base_fingerprint, lineage, same_lineage
 from concept_erasure.errors import (
     EditError,
@@ -265,9 +267,12 @@ class Eraser(ABC):
 
     def _check_space(self) -> None:
         """Raise SpaceError if the space cannot be this eraser's; called on load."""
-        if self.space is not None and self.space.tokens not in TOKEN_RULES:
+        if self.space is None:
+            return
+        rules = tuple(TokenRule) if self.space.site in PIPELINE_SITES else TOKEN_RULES
+        if self.space.tokens not in rules:
             raise SpaceError(
-                f"space.tokens must be one of {', '.join(TOKEN_RULES)}; got {self.space.tokens!r}"
+                f"space.tokens must be one of {', '.join(rules)}; got {self.space.tokens!r}"
             )
 
     def card(self) -> str:
@@ -357,11 +362,13 @@ class RepresentationEraser(Eraser):
             )
         return self.map(x)
 
-    def attach(self, model: nn.Module, *, sites: str | Sequence[str] | None = None) -> Edit:
+    def attach(
+        self, model: nn.Module | object, *, sites: str | Sequence[str] | None = None
+    ) -> Edit:
         """Erase at sites by forward hooks; works at every site and touches no weight.
 
         Args:
-            model: A Hugging Face transformer.
+            model: A Hugging Face transformer, or a text-to-image pipeline (see `diffusion.projections`).
             sites: Site names or patterns; default the site the eraser was fitted at. Names of one place count once.
 
         Raises:
@@ -370,6 +377,11 @@ class RepresentationEraser(Eraser):
             SiteNotFoundError: If nothing matches.
             ShapeError: If a site has another width.
         """
+        if is_pipeline(model):
+            from concept_erasure.diffusion import projections  # noqa: PLC0415 it imports this module
+
+            return projections.attach_to_pipeline(self, model, sites)
+        model = _module(model)
         places = self._places(model, sites)
         function = partial(_apply_map, self.map)
         return Edit(
@@ -381,7 +393,7 @@ class RepresentationEraser(Eraser):
 
     def apply(
         self,
-        model: nn.Module,
+        model: nn.Module | object,
         *,
         sites: str | Sequence[str] | None = None,
         bias: Bias = "auto",
@@ -389,7 +401,7 @@ class RepresentationEraser(Eraser):
         """Fold the map into the weights beside the sites, where that is exact.
 
         Args:
-            model: A Hugging Face transformer.
+            model: A Hugging Face transformer, or a text-to-image pipeline (see `diffusion.projections`).
             sites: Site names or patterns; default the site the eraser was fitted at. Names of one place count once.
             bias: What to do where the affine offset needs a bias that a linear module lacks. ``"auto"``: add it if
                 the architecture can save it. Its configuration then gets the setting (such as ``attention_bias``)
@@ -406,6 +418,11 @@ class RepresentationEraser(Eraser):
         """
         if bias not in get_args(Bias):
             raise ValueError(f"bias must be 'auto', 'add' or 'refuse'; got {bias!r}")
+        if is_pipeline(model):
+            from concept_erasure.diffusion import projections  # noqa: PLC0415 it imports this module
+
+            return projections.apply_to_pipeline(self, model, sites, bias)
+        model = _module(model)
         places = self._places(model, sites)
         return Edit(
             model,
@@ -421,8 +438,7 @@ class RepresentationEraser(Eraser):
         return place_keys(model, [(self, site) for site in places])
 
     def _places(self, model: nn.Module, sites: str | Sequence[str] | None) -> list[Site]:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch module; got {type(model).__name__}")
+        model = _module(model)
         if self.space is not None:
             if self.space.fingerprint not in lineage(model):
                 raise SpaceError(
@@ -507,6 +523,12 @@ def place_keys(
             raise EditError(f"the same eraser is given twice for one place, {site.name!r}")
         keys |= added
     return frozenset(keys)
+
+
+def _module(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module; got {type(model).__name__}")
+    return model
 
 
 def _apply_map(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
