@@ -30,7 +30,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) install --quiet -c constraints.txt --group dev
+	$(PIP) install --quiet -c constraints.txt -e '.[certify,diffusion,peft]' --group dev
 	@touch $@
 
 demo: $(VENV)/.runtime ## Erase gender from a language model and from sentence embeddings; report in demo-out/

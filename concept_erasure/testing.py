@@ -417,7 +417,7 @@ class EraserBattery:
         _, x, z, out = self._fitted()
         generator = torch.Generator().manual_seed(2)
         square = torch.randn(self.width, self.width, generator=generator, dtype=torch.float64)
-        turn = torch.linalg.qr(square).Q
+        turn = torch.linalg.qr(square).Q.to(x.device)
         self._close("rotated", self._call(self._fit(x @ turn, z), x @ turn, z), out @ turn)
 
     def _check_scale(self) -> None:

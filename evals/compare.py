@@ -10,7 +10,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ class Measured:
         edit: ``E|x' - x|^2 / tr Sigma`` on the rows held out from the fit; None when not measured.
         seconds: CPU seconds of the fit.
         probes: Probe to result on the test part.
+        eraser: The fitted eraser; None for `BASELINE` and when not measured.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Measured:
     edit: float | None = None
     seconds: float | None = None
     probes: Mapping[str, ProbeResult]
+    eraser: Callable[[Tensor], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
@@ -269,7 +271,7 @@ def _sweep(
         start = time.process_time()
         eraser = fit(data.x[data.parts[0]], data.labels(0), **given)
         seconds = time.process_time() - start
-        return data.measure(entry.name, eraser, seconds, probes, seed)
+        return replace(data.measure(entry.name, eraser, seconds, probes, seed), eraser=eraser)
     except (ConceptErasureError, ValueError) as error:
         text = " ".join(str(error).split())
         return Measured(method=entry.name, status=f"failed: {text}", probes={})
