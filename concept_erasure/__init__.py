@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from concept_erasure.collect import Representations, collect, fit_streaming, stream
     from concept_erasure.concept import Concept
+    from concept_erasure.diffusion.rece import ReceEraser
+    from concept_erasure.diffusion.speed import SpeedEraser
+    from concept_erasure.diffusion.uce import UceEraser
     from concept_erasure.edit import Edit
     from concept_erasure.eraser import Eraser, ModelEraser, RepresentationEraser
     from concept_erasure.errors import (
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 _PLACES = {
     "collect": ("Representations", "collect", "fit_streaming", "stream"),
     "concept": ("Concept",),
+    "diffusion.rece": ("ReceEraser",),
+    "diffusion.speed": ("SpeedEraser",),
+    "diffusion.uce": ("UceEraser",),
     "edit": ("Edit",),
     "eraser": ("Eraser", "ModelEraser", "RepresentationEraser"),
     "errors": (
@@ -105,6 +111,7 @@ __all__ = [
     "QuadraticEraser",
     "QuadraticFitter",
     "QuantileNormalizer",
+    "ReceEraser",
     "Report",
     "RepresentationEraser",
     "Representations",
@@ -116,7 +123,9 @@ __all__ = [
     "SiteNotFoundError",
     "Space",
     "SpaceError",
+    "SpeedEraser",
     "SplinceEraser",
+    "UceEraser",
     "__version__",
     "assert_type",
     "cdf",

@@ -22,6 +22,7 @@ GUARANTEES = {
     "least_damage": "no guarding affine map makes a smaller edit on the fit data",
     "needs_labels": "labels are needed when erasing, so it cannot be put into a model",
     "quadratic": "class covariances become equal too, so quadratic probes learn nothing",
+    "blank_prompt": "by default the embeddings of the blank prompt do not move",
     "task_preserving": "the covariance with the task labels is kept",
 }
 
@@ -131,6 +132,30 @@ METHODS: dict[str, Method] = {
             guarantees=frozenset({"idempotent", "orthogonal", "mean_preserving"}),
             summary="Remove the weights of one linear classifier after another; a baseline that removes too much.",
             paper="Ravfogel et al. 2020, arXiv:2004.07667",
+        ),
+        Method(
+            name="uce",
+            family="diffusion",
+            target="concept_erasure.diffusion.uce:UceEraser",
+            guarantees=frozenset({"blank_prompt"}),
+            summary="Send the text embeddings of concepts to those of anchors, softly keeping a preserve list.",
+            paper="Gandikota et al. 2024, arXiv:2308.14761",
+        ),
+        Method(
+            name="rece",
+            family="diffusion",
+            target="concept_erasure.diffusion.rece:ReceEraser",
+            guarantees=frozenset({"blank_prompt"}),
+            summary="UCE, then rounds that find the embedding which still makes the concept and erase it too.",
+            paper="Gong et al. 2024, arXiv:2407.12383",
+        ),
+        Method(
+            name="speed",
+            family="diffusion",
+            target="concept_erasure.diffusion.speed:SpeedEraser",
+            guarantees=frozenset({"blank_prompt"}),
+            summary="Edit the value maps in the null space of filtered and augmented retained concepts only.",
+            paper="Li et al. 2025, arXiv:2503.07392",
         ),
     )
 }
