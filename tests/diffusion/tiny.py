@@ -164,12 +164,16 @@ def _shake(*modules: nn.Module, text: int = 0) -> None:
 
 def _scheduler() -> Any:
     return diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
     )
 
 
 def tiny_sd(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Return a `StableDiffusionPipeline`: 16 px, text width 32, 3 attentions, so 6 text maps."""
+    """Return a `StableDiffusionPipeline`: 16 px, text width 32, 4 attentions, so 8 text maps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = clip_tokenizer()
@@ -189,7 +193,7 @@ def tiny_sd(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 
 
 def tiny_sdxl(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Return a `StableDiffusionXLPipeline`: text width 32 + 48, pooled 40; 6 text maps and the pooled one."""
+    """Return a `StableDiffusionXLPipeline`: text width 32 + 48, pooled 40; 8 text maps and the pooled one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         one, two = clip_tokenizer(), clip_tokenizer(pad="!")
