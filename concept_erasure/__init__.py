@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from concept_erasure.collect import Representations, collect, fit_streaming, stream
     from concept_erasure.concept import Concept
+    from concept_erasure.diffusion.anchored import AnchoredProjectionEraser
+    from concept_erasure.diffusion.mace import MaceEraser
+    from concept_erasure.diffusion.realera import RealEraEraser
     from concept_erasure.diffusion.rece import ReceEraser
     from concept_erasure.diffusion.speed import SpeedEraser
+    from concept_erasure.diffusion.trce import TraceEraser, TrceEraser
     from concept_erasure.diffusion.uce import UceEraser
     from concept_erasure.edit import Edit
     from concept_erasure.eraser import Eraser, ModelEraser, RepresentationEraser
@@ -50,8 +54,12 @@ if TYPE_CHECKING:
 _PLACES = {
     "collect": ("Representations", "collect", "fit_streaming", "stream"),
     "concept": ("Concept",),
+    "diffusion.anchored": ("AnchoredProjectionEraser",),
+    "diffusion.mace": ("MaceEraser",),
+    "diffusion.realera": ("RealEraEraser",),
     "diffusion.rece": ("ReceEraser",),
     "diffusion.speed": ("SpeedEraser",),
+    "diffusion.trce": ("TraceEraser", "TrceEraser"),
     "diffusion.uce": ("UceEraser",),
     "edit": ("Edit",),
     "eraser": ("Eraser", "ModelEraser", "RepresentationEraser"),
@@ -86,6 +94,7 @@ _HOME = {name: module for module, names in _PLACES.items() for name in names}
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnchoredProjectionEraser",
     "Concept",
     "ConceptErasureError",
     "ConceptScrubber",
@@ -100,6 +109,7 @@ __all__ = [
     "LeaceEraser",
     "LeaceFitter",
     "LowRankAffine",
+    "MaceEraser",
     "MeanProjectionEraser",
     "MeanProjectionFitter",
     "ModelEraser",
@@ -111,6 +121,7 @@ __all__ = [
     "QuadraticEraser",
     "QuadraticFitter",
     "QuantileNormalizer",
+    "RealEraEraser",
     "ReceEraser",
     "Report",
     "RepresentationEraser",
@@ -125,6 +136,8 @@ __all__ = [
     "SpaceError",
     "SpeedEraser",
     "SplinceEraser",
+    "TraceEraser",
+    "TrceEraser",
     "UceEraser",
     "__version__",
     "assert_type",

@@ -157,6 +157,38 @@ METHODS: dict[str, Method] = {
             summary="Edit the value maps in the null space of filtered and augmented retained concepts only.",
             paper="Li et al. 2025, arXiv:2503.07392",
         ),
+        Method(
+            name="mace",
+            family="diffusion",
+            target="concept_erasure.diffusion.mace:MaceEraser",
+            guarantees=frozenset({"blank_prompt"}),
+            summary="Send what a concept leaves in the words around it to the anchor's contexts; fuse LoRAs.",
+            paper="Lu et al. 2024, arXiv:2403.06135 (closed-form parts)",
+        ),
+        Method(
+            name="trce",
+            family="diffusion",
+            target="concept_erasure.diffusion.trce:TrceEraser",
+            guarantees=frozenset({"blank_prompt"}),
+            summary="Send the end token of unsafe prompts to that of safe twins and leave the words alone.",
+            paper="Chen et al. 2025, arXiv:2503.07389 (stage 1)",
+        ),
+        Method(
+            name="realera",
+            family="diffusion",
+            target="concept_erasure.diffusion.realera:RealEraEraser",
+            guarantees=frozenset({"blank_prompt"}),
+            summary="Erase a concept's neighbourhood in embedding space and hold what lies beyond; a reconstruction.",
+            paper="RealEra 2024 (closed-form phase, reconstructed)",
+        ),
+        Method(
+            name="anchored-projection",
+            family="diffusion",
+            target="concept_erasure.diffusion.anchored:AnchoredProjectionEraser",
+            guarantees=frozenset({"blank_prompt"}),
+            summary="Project concepts exactly onto anchors that stay; no embedding inverts it.",
+            paper="derived here; kin of arXiv:2306.03819, 2308.14761, 2503.07392",
+        ),
     )
 }
 

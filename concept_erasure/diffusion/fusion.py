@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from concept_erasure.errors import FormatError, ShapeError
 from concept_erasure.linalg import LowRankAffine, statistics_dtype
 
-__all__ = ["TEXT_LAYERS", "fuse", "live_loras", "merge_loras"]
+__all__ = ["TEXT_LAYERS", "fuse", "live_loras", "lora_layers", "merge_loras"]
 
 Other = Literal["refuse", "sum", "drop"]
 TEXT_LAYERS = ("*attn2[._]to_k", "*attn2[._]to_v", "*context_embedder")  # they read the text
@@ -45,7 +45,8 @@ def fuse(
     loras: Sequence[tuple[Tensor, Tensor]],
     grams: Sequence[Tensor],
     *,
-    ridge: Tensor | float = 0.0,
+    preserve: Tensor | None = None,
+    lam: float = 0.0,
     weight: Tensor | None = None,
     refined: LowRankAffine | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -54,17 +55,17 @@ def fuse(
     Args:
         loras: Pairs ``(up, down)`` of shapes ``(out, r_i)`` and ``(r_i, d)``.
         grams: Weighted ``C_i^T C_i``, shape ``(d, d)``, one a LoRA.
-        ridge: What holds the map: the weighted preserve Gram ``g G + lam I``, or the number lam.
+        preserve: Weighted Gram ``g G`` on which the outputs of the original ``W`` are held, shape ``(d, d)``.
+        lam: Ridge that pulls to no change of ``W`` or, with ``refined``, of ``W'``.
         weight: Original ``W``, shape ``(out, d)``; for ``refined``.
-        refined: The edit ``W' = W P`` the LoRAs were trained on. As in MACE the Gram in ``ridge`` holds the outputs
-            of ``W``, not of ``W'``; a lam in it pulls there too.
+        refined: The edit ``W' = W P`` the LoRAs were trained on.
 
     Returns:
         ``up`` and ``down`` of the change against the original W, float64, lossless.
 
     Raises:
         ShapeError: If shapes disagree.
-        ValueError: If the inputs and the ridge leave a direction undetermined.
+        ValueError: If inputs, Gram and ridge leave a direction undetermined.
     """
     if len(loras) != len(grams) or not loras:
         raise ShapeError(f"one Gram for each LoRA; got {len(loras)} LoRAs and {len(grams)} Grams")
@@ -74,16 +75,18 @@ def fuse(
             raise ShapeError(
                 f"up and down must be (out, r) and (r, {width}); got {tuple(up.shape)} and {tuple(down.shape)}"
             )
-    held = _held(ridge, grams[0])
-    factor = _cholesky(sum(grams, start=held))
-    ups = [up.to(held) for up, _ in loras]
-    downs = [down.to(held) @ gram for (_, down), gram in zip(loras, grams, strict=True)]
+    factor = _system(grams, preserve, lam)
+    ups = [up.to(factor) for up, _ in loras]
+    downs = [
+        down.to(factor) @ gram.to(factor) for (_, down), gram in zip(loras, grams, strict=True)
+    ]
     if refined is None:
         return torch.cat(ups, 1), torch.cholesky_solve(torch.cat(downs).T, factor).T
     if weight is None:
         raise ValueError("refined needs the original weight; pass weight=W")
-    moved, right = weight.to(held) @ refined.left.to(held), refined.right.to(held)
-    solved = torch.cholesky_solve(torch.cat([*downs, right.T @ held]).T, factor).T
+    moved, right = weight.to(factor) @ refined.left.to(factor), refined.right.to(factor)
+    held = right.T @ (torch.zeros_like(factor) if preserve is None else preserve.to(factor))
+    solved = torch.cholesky_solve(torch.cat([*downs, held]).T, factor).T
     solved[len(solved) - refined.rank :] -= right.T
     return torch.cat([*ups, moved], 1), solved
 
@@ -135,9 +138,7 @@ def merge_loras(  # noqa: C901 one check after another
     if not (preserve_weight >= 0 and lam >= 0):
         raise ValueError(f"preserve_weight and lam must be >= 0; got {preserve_weight} and {lam}")
     grams = [_gram(rows, inputs[0].shape[-1]) for rows in inputs]
-    ridge = _held(lam, grams[0]) + (
-        0 if preserve is None else preserve_weight * _held(preserve, grams[0])
-    )
+    kept = None if preserve is None else preserve_weight * preserve
     read = [_read(state, factor) for state, factor in zip(loras, factors, strict=True)]
     paths = list(dict.fromkeys(path for found in read for path in found))
     if len({"." in path for path in paths}) > 1:
@@ -153,7 +154,7 @@ def merge_loras(  # noqa: C901 one check after another
             f"{len(rest)} of {len(paths)} layers do not read the text, such as {rest[0]!r}: nothing says what they "
             "are for. Pass other='sum' to add them up, or other='drop'"
         )
-    factor = _cholesky(sum(grams, start=ridge))
+    factor = _system(grams, kept, lam)
     merged: dict[str, Tensor] = {}
     for path in [*text] + (rest if other == "sum" else []):
         own = [
@@ -200,6 +201,16 @@ def live_loras(model: nn.Module, names: Sequence[str] | None = None) -> list[dic
                 )
         states.append(state)
     return states
+
+
+def lora_layers(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return ``(up, down)`` by layer of a LoRA's state dict, an ``alpha`` folded into ``up``.
+
+    Raises:
+        FormatError: If a key or factor is no LoRA's.
+        ShapeError: If the factors of a layer disagree.
+    """
+    return {path: (lora.up, lora.down) for path, lora in _read(state, 1.0).items()}
 
 
 def _read(state: Mapping[str, Tensor], strength: float) -> dict[str, _Lora]:
@@ -249,14 +260,19 @@ def _gram(rows: Tensor, width: int) -> Tensor:
     return wide.T @ wide
 
 
-def _held(ridge: Tensor | float, like: Tensor) -> Tensor:
-    if isinstance(ridge, Tensor) and ridge.ndim:
-        if ridge.shape != like.shape:
+def _system(grams: Sequence[Tensor], preserve: Tensor | None, lam: float) -> Tensor:
+    """Return the Cholesky factor of what all maps share."""
+    system = torch.zeros_like(grams[0], dtype=statistics_dtype(grams[0].device))
+    for gram in grams:
+        system += gram.to(system)
+    if preserve is not None:
+        if preserve.shape != system.shape:
             raise ShapeError(
-                f"the preserve Gram must be {tuple(like.shape)}; got {tuple(ridge.shape)}"
+                f"the preserve Gram must be {tuple(system.shape)}; got {tuple(preserve.shape)}"
             )
-        return ridge.to(like)
-    return float(ridge) * torch.eye(len(like), dtype=like.dtype, device=like.device)
+        system += preserve.to(system)
+    system.diagonal().add_(lam)
+    return _cholesky(system)
 
 
 def _cholesky(system: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import concept_erasure as ce
@@ -38,31 +39,26 @@ def main(argv=None):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, torch_dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     out = args.out or Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
 
     def pictures(label):
-        """Draw the same seeds for the erased and a preserved concept."""
-        latents = {}
+        """Draw the erased and a preserved concept from the same noise."""
+        drawn = {}
         for name in [args.erase, *args.preserve[:1]]:
-            result = pipe(
-                args.prompt.format(name),
-                num_inference_steps=args.steps,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-            )
-            latents[name] = result.images.float().cpu()
-            decoded = pipe.vae.decode(result.images / pipe.vae.config.scaling_factor).sample
-            picture = pipe.image_processor.postprocess(decoded.detach())[0]
+            generator = torch.Generator().manual_seed(0)
+            picture = pipe(
+                args.prompt.format(name), num_inference_steps=args.steps, generator=generator
+            ).images[0]
             picture.save(out / f"{label}-{name.replace(' ', '_')}.png")
-        return latents
+            drawn[name] = np.asarray(picture, dtype=float) / 255
+        return drawn
 
     def moved(new, old):
-        return "  ".join(
-            f"{name} {float((new[name] - old[name]).norm() / old[name].norm()):.2f}" for name in old
-        )
+        """Mean change of a pixel, for each concept."""
+        return "  ".join(f"{name} {abs(new[name] - old[name]).mean():.3f}" for name in old)
 
     before = pictures("before")
 
@@ -72,7 +68,7 @@ def main(argv=None):
     # Inside the block the weights are edited; afterwards every bit is back.
     with eraser.apply(pipe):
         erased = pictures("uce")
-    print(f"UCE moved the latents by        {moved(erased, before)}")
+    print(f"UCE moved the pictures by       {moved(erased, before)}")
     print(f"after undo they differ by       {moved(pictures('undone'), before)}")
 
     # How far an attacker with the weights stays away, whatever embedding he feeds in.
@@ -84,9 +80,16 @@ def main(argv=None):
     with ce.Eraser.from_pretrained(out / "uce").apply(pipe, form="hook"):
         print(f"as a hook, against the weights  {moved(pictures('hook'), erased)}")
 
-    # The exact projection cannot be inverted: its certificate is not zero.
+    # The exact projection cannot be inverted: its certificate is not zero. Here at the end token of
+    # the prompt, which has read all of it; other prompts are kept softly at all positions.
     anchored = ce.AnchoredProjectionEraser.fit(
-        pipe, erase=[args.erase], anchor=args.anchor, preserve=args.preserve
+        pipe,
+        erase=[args.prompt.format(args.erase)],
+        anchor=args.prompt.format(args.anchor),
+        rule="first_eot",
+        preserve=[args.prompt.format(name) for name in args.preserve],
+        preserve_rule="all_but_sot",
+        hard=False,
     )
     print(anchored.certificate)
     with anchored.apply(pipe):
@@ -97,7 +100,7 @@ def main(argv=None):
     negative = [prompt.format(name) for prompt in PROMPTS for name in [args.anchor, *args.preserve]]
     leace = ce.LeaceEraser.fit(ce.diffusion.text_representations(pipe, positive, negative))
     with leace.apply(pipe, sites="text_encoder"):
-        print(f"LEACE moved the latents by      {moved(pictures('leace'), before)}")
+        print(f"LEACE moved the pictures by     {moved(pictures('leace'), before)}")
     print(f"pictures are in {out}")
 
 

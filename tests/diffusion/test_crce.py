@@ -109,3 +109,21 @@ def test_bad_calls(tmp_path: Path) -> None:
         load_specs(tmp_path / "twice.json")
     with pytest.raises(FileNotFoundError):
         load_specs(tmp_path / "none.yaml")
+
+
+def test_an_eraser_takes_the_lists() -> None:
+    pytest.importorskip("diffusers")
+    from concept_erasure.diffusion.uce import UceEraser  # noqa: PLC0415 needs diffusers
+    from tests.diffusion.tiny import tiny_sd  # noqa: PLC0415
+
+    spec = ConceptSpec(target="cat", anchor="dog", corefs=("van gogh",), retains=("horse",))
+    e = expand("cat", {"cat": spec}, coref_weight=0.25)
+    eraser = UceEraser.fit(
+        tiny_sd(),
+        erase=e.erase,
+        anchor=e.anchor,
+        erase_weight=e.erase_weight,
+        preserve=e.preserve,
+    )
+    assert eraser.concepts == ("cat", "van gogh") and eraser.options.anchors == ("dog", "dog")
+    assert eraser.slack is not None and eraser.slack.tolist() == [1.0, 4.0]

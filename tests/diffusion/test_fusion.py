@@ -38,7 +38,7 @@ def reference(
     y = [
         *(r @ (base + d).T for r, d in zip(rows, deltas, strict=True)),
         held @ weight.T,
-        lam**0.5 * weight.T,
+        lam**0.5 * base.T,
     ]
     return torch.linalg.lstsq(torch.cat(x), torch.cat(y), driver="gelsd").solution.T
 
@@ -51,8 +51,8 @@ def test_equals_least_squares(refine: bool) -> None:
     pairs = [(randn(OUT, RANK, seed=s), randn(RANK, D, seed=s + 50)) for s in (4, 5, 6)]
     rows = [randn(20, D, seed=s) for s in (7, 8, 9)]
     held = randn(30, D, seed=11)
-    ridge = held.T @ held + 0.5 * torch.eye(D, dtype=torch.float64)
-    up, down = fuse(pairs, [r.T @ r for r in rows], ridge=ridge, weight=weight, refined=edit)
+    grams = [r.T @ r for r in rows]
+    up, down = fuse(pairs, grams, preserve=held.T @ held, lam=0.5, weight=weight, refined=edit)
     expected = reference(weight, base, [u @ d for u, d in pairs], rows, held, 0.5)
     assert up.shape[1] == 3 * RANK + (3 if refine else 0)
     torch.testing.assert_close(weight + up @ down, expected, rtol=0, atol=1e-10)
@@ -152,6 +152,7 @@ def test_other_layers() -> None:
     torch.testing.assert_close(change, 1.5 * once.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_live_adapters() -> None:
     peft = pytest.importorskip("peft")
     model = nn.ModuleDict(
