@@ -84,7 +84,7 @@ def run(
 
     Args:
         out: Folder to write, made if needed.
-        config: Sizes; the default takes about four minutes on two cores.
+        config: Sizes; the default takes about three minutes on two idle cores.
         parts: ``"language"``, ``"sentences"`` or both.
         language_model: Model and tokenizer to use instead of SmolLM2.
         sentence_model: Model and tokenizer to use instead of MiniLM.

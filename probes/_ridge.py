@@ -26,17 +26,20 @@ from concept_erasure.probes._solve import (
 
 __all__ = [
     "Axes",
+    "InputUnits",
     "Loss",
     "Penalty",
     "RidgeFit",
     "Scaling",
     "check_ridge",
+    "check_scaling",
     "fit_ridge",
+    "input_units",
     "principal",
 ]
 
 Penalty = float | Literal["auto"]
-Scaling = Literal["auto", "median", "clip", "whiten", "global", "feature"] | None
+Scaling = Literal["auto", "median", "cap", "clip", "whiten", "global", "feature"] | None
 
 GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """What ``C="auto"`` chooses among."""
@@ -44,10 +47,23 @@ GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 WHITEN_FLOOR = 1e-6
 """Directions below this part of the median variance count as this large: float32 rounding is below."""
 
+CAP = 20.0
+"""``"cap"`` leaves no direction larger than this many times the median deviation."""
+
 _FOLDS = 5
 _LEAST_ROWS = 20
 _LEAST_SLOPE = 0.01
-_SCALINGS: tuple[Scaling, ...] = ("auto", "median", "clip", "whiten", "global", "feature", None)
+_SCALINGS: tuple[Scaling, ...] = (
+    "auto",
+    "median",
+    "cap",
+    "clip",
+    "whiten",
+    "global",
+    "feature",
+    None,
+)
+_INPUTS: tuple[Scaling, ...] = ("cap", "feature")
 
 
 class Loss(Protocol):
@@ -90,6 +106,8 @@ class Axes:
             return (self.variance.sum() / len(self.mean)).expand_as(self.variance)
         if scaling == "median":
             return self.typical.expand_as(self.variance)
+        if scaling == "cap":
+            return (self.variance / CAP**2).clamp(min=self.typical)
         if scaling == "clip":
             return self.variance.clamp(min=self.typical)
         if scaling == "whiten":
@@ -125,6 +143,50 @@ def principal(x: Tensor) -> Axes:
 
 
 @dataclass(frozen=True, slots=True)
+class InputUnits:
+    """How vectors enter a probe that is not linear: ``(x - mean) @ basis``.
+
+    Attributes:
+        scaling: What it was made by.
+        mean: Shape ``[d]``.
+        basis: Shape ``[d, r]``.
+    """
+
+    scaling: Scaling
+    mean: Tensor
+    basis: Tensor
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return vectors ``[n, d]`` in these units, ``[n, r]``."""
+        return (x - self.mean) @ self.basis
+
+
+def input_units(x: Tensor, scaling: Scaling) -> list[InputUnits]:
+    """Return the units to try for data ``[n, d]``; one unless ``scaling`` is ``"auto"``.
+
+    No unit is right for all data, so a probe takes the one with the lowest loss on rows held out. Whitening is tried
+    only with twice as many rows as directions: with fewer it tells noise from concept no better than chance.
+    """
+    kinds: tuple[Scaling, ...] = _INPUTS if scaling == "auto" else (scaling,)
+    axes: Axes | None = None
+    if scaling not in ("global", "feature", None):
+        axes = principal(x)
+        if scaling == "auto" and len(x) >= 2 * axes.rows.shape[1]:
+            kinds = (*kinds, "whiten")
+    return [_input_unit(x, axes, kind) for kind in kinds]
+
+
+def _input_unit(x: Tensor, axes: Axes | None, kind: Scaling) -> InputUnits:
+    if axes is None or kind == "feature":
+        unit = units(x, kind if kind in ("global", "feature") else None)
+        return InputUnits(kind, unit.mean, torch.diag(1 / unit.scale))
+    square = axes.scale(kind)
+    size = (axes.variance / square).sum() / max(len(square), 1)  # an input has a mean square of one
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return InputUnits(kind, axes.mean, axes.basis / (square * size).sqrt())
+
+
+@dataclass(frozen=True, slots=True)
 class RidgeFit:
     """A fit and the choice behind it.
 
@@ -152,6 +214,15 @@ def check_ridge(penalty: object, scaling: object, tol: float, max_iter: int) -> 
     if isinstance(penalty, str) and penalty != "auto":
         raise ValueError(f"C must be a positive number or 'auto', got {penalty!r}")
     check_penalty(float(penalty) if isinstance(penalty, (int, float)) else 1.0, tol, max_iter)
+    check_scaling(scaling)
+
+
+def check_scaling(scaling: object) -> None:
+    """Refuse unknown units.
+
+    Raises:
+        ValueError: If ``scaling`` is none of `Scaling`.
+    """
     if scaling not in _SCALINGS:
         raise ValueError(f"standardize must be one of {list(_SCALINGS)}, got {scaling!r}")
 

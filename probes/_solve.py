@@ -19,7 +19,6 @@ __all__ = [
     "Standardize",
     "Units",
     "check_penalty",
-    "check_standardize",
     "minimise",
     "units",
     "warn_unless_converged",
@@ -78,16 +77,6 @@ def units(x: Tensor, standardize: Standardize) -> Units:
     if standardize == "global":
         return Units(mean, (size * total).expand(x.shape[1]))
     return Units(mean, size * torch.where(deviation > rounding, deviation, total))
-
-
-def check_standardize(standardize: object) -> None:
-    """Refuse an unknown option.
-
-    Raises:
-        ValueError: If it is none of the three.
-    """
-    if standardize not in ("global", "feature", None):
-        raise ValueError(f"standardize must be 'global', 'feature' or None, got {standardize!r}")
 
 
 def check_penalty(penalty: float, tol: float, max_iter: int) -> None:

@@ -9,7 +9,7 @@ Fourier features (Rahimi and Recht 2007) stand for the kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,8 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from concept_erasure.probes._data import Vectors, read_groups
 from concept_erasure.probes._fitted import FittedProbe, training_data
-from concept_erasure.probes._solve import Standardize, check_penalty, check_standardize, units
+from concept_erasure.probes._ridge import InputUnits, Scaling, check_scaling, input_units
+from concept_erasure.probes._solve import check_penalty
 from concept_erasure.probes.linear import FittedLinear, LinearProbe
 from concept_erasure.probes.mlp import split_classes
 
@@ -38,6 +39,7 @@ _WIDTHS = (1.0, 4.0)
 class _Frame:
     """A kernel turned into features of the training vectors, ``[n, r]``."""
 
+    unit: InputUnits
     gamma: float
     landmarks: Tensor
     whitening: Tensor | None
@@ -50,11 +52,12 @@ class FittedKernel(FittedProbe):
 
     Attributes:
         mean: Subtracted from the vectors, shape ``[d]``.
-        scale: Then divides them, shape ``[d]``.
+        basis: Then multiplies them, shape ``[d, r]``: directions over their units.
+        standardize: Units of the vectors, as given or chosen.
         C: Inverse strength of the penalty, as given or chosen.
         gamma: Of the kernel between scaled vectors.
-        landmarks: Scaled vectors the kernel is taken with, shape ``[m, d]``; with Fourier features the
-            frequencies, shape ``[m, d]``.
+        landmarks: Scaled vectors the kernel is taken with, shape ``[m, r]``; with Fourier features the
+            frequencies, shape ``[m, r]``.
         dual: Weight of each landmark (of the cosine and sine of each frequency), shape ``[m, k]``
             or ``[2 m, k]``.
         intercept: Shape ``[k]``.
@@ -64,7 +67,8 @@ class FittedKernel(FittedProbe):
     """
 
     mean: Tensor
-    scale: Tensor
+    basis: Tensor
+    standardize: Scaling
     C: float
     gamma: float
     landmarks: Tensor
@@ -81,11 +85,11 @@ class FittedKernel(FittedProbe):
 
     def _scores(self, x: Tensor) -> Tensor:
         landmarks, dual = self.landmarks.to(x), self.dual.to(x)
-        mean, scale, intercept = self.mean.to(x), self.scale.to(x), self.intercept.to(x)
+        mean, basis, intercept = self.mean.to(x), self.basis.to(x), self.intercept.to(x)
         read = _features(self.kind, landmarks, self.gamma)
         return torch.cat(
             [
-                read((rows - mean) / scale) @ dual + intercept
+                read((rows - mean) @ basis) @ dual + intercept
                 for rows in torch.split(x, self.batch_rows)
             ]
         )
@@ -109,7 +113,7 @@ class KernelProbe:
         exact_rows: Most training vectors for which the full kernel matrix is used.
         approximation: What stands for the kernel above: ``"nystroem"`` or ``"fourier"``.
         features: Landmarks or Fourier features above. Higher is closer to the exact kernel.
-        standardize: As in `LinearProbe`.
+        standardize: Units of the vectors, as in `MlpProbe`; ``"auto"`` chooses with C and gamma.
         held_out: Share of each class on which ``"auto"`` chooses, in (0, 1).
         batch_rows: Vectors whose kernel is computed at once.
         seed: Determines the landmarks or frequencies, the pairs for the median, and the held-out share.
@@ -128,7 +132,7 @@ class KernelProbe:
     exact_rows: int = 500
     approximation: Approximation = "nystroem"
     features: int = 500
-    standardize: Standardize = "global"
+    standardize: Scaling = "auto"
     held_out: float = 0.2
     batch_rows: int = 8192
     seed: int = 0
@@ -139,7 +143,7 @@ class KernelProbe:
             check_penalty(self.C, 1.0, 1)
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}")
-        check_standardize(self.standardize)
+        check_scaling(self.standardize)
         if self.gamma not in ("auto", "median") and not (
             isinstance(self.gamma, (int, float)) and 0 < self.gamma < math.inf
         ):
@@ -173,79 +177,83 @@ class KernelProbe:
             ValueError: If a vector is not finite or there is only one class.
         """
         matrix, index, classes = training_data(x, z)
-        unit = units(matrix, self.standardize)
-        inputs = unit.apply(matrix)
-        generator = torch.Generator().manual_seed(self.seed)
-        draw = self._draw(inputs, generator)
         parts = None if groups is None else read_groups(groups, n=len(matrix))
-        frame, penalty = self._choose(inputs, index, len(classes), draw, parts, generator)
+        frame, penalty = self._choose(matrix, index, len(classes), parts)
         weight, intercept = self._weights(frame.features, index, len(classes), penalty)
         return FittedKernel(
             classes=classes,
             width=matrix.shape[1],
-            mean=unit.mean,
-            scale=unit.scale.clone(),
+            mean=frame.unit.mean,
+            basis=frame.unit.basis,
+            standardize=frame.unit.scaling,
             C=penalty,
             gamma=frame.gamma,
             landmarks=frame.landmarks,
             dual=weight if frame.whitening is None else frame.whitening @ weight,
             intercept=intercept,
-            kind=draw[0],
+            kind=self._kind(len(matrix)),
             loss=self.loss,
             batch_rows=self.batch_rows,
         )
 
-    def _draw(self, inputs: Tensor, generator: torch.Generator) -> tuple[Kind, Tensor]:
+    def _kind(self, n: int) -> Kind:
+        return "exact" if n <= self.exact_rows else self.approximation
+
+    def _landmarks(self, inputs: Tensor) -> Tensor:
         """Return landmarks, or frequencies for gamma = 1/2; the same ones on every device."""
         n, width = inputs.shape
-        if n <= self.exact_rows:
-            return "exact", inputs
-        if self.approximation == "nystroem":
+        generator = torch.Generator().manual_seed(self.seed)
+        kind = self._kind(n)
+        if kind == "exact":
+            return inputs
+        if kind == "nystroem":
             rows = torch.randperm(n, generator=generator)[: self.features]
-            return "nystroem", inputs[rows.to(inputs.device)]
+            return inputs[rows.to(inputs.device)]
         drawn = torch.randn(self.features // 2, width, generator=generator, dtype=torch.float64)
-        return "fourier", drawn.to(inputs)
+        return drawn.to(inputs)
 
-    def _frame(self, inputs: Tensor, draw: tuple[Kind, Tensor], gamma: float) -> _Frame:
-        """Return features whose inner products are the kernel, or stand for it."""
-        kind, landmarks = draw
-        if kind == "fourier":
-            landmarks = landmarks * math.sqrt(2 * gamma)
-        read = _features(kind, landmarks, gamma)
-        features = torch.cat([read(rows) for rows in torch.split(inputs, self.batch_rows)])
-        if kind == "fourier":
-            return _Frame(gamma, landmarks, None, features)
-        whitening = _inverse_root(features if kind == "exact" else read(landmarks))
-        return _Frame(gamma, landmarks, whitening, features @ whitening)
+    def _frames(self, matrix: Tensor, unit: InputUnits) -> Iterator[_Frame]:
+        """Yield one kernel for each width, as features whose inner products are it or stand for it."""
+        inputs = unit.apply(matrix)
+        drawn, kind = self._landmarks(inputs), self._kind(len(inputs))
+        for gamma in self._gammas(inputs):
+            landmarks = drawn * math.sqrt(2 * gamma) if kind == "fourier" else drawn
+            read = _features(kind, landmarks, gamma)
+            features = torch.cat([read(rows) for rows in torch.split(inputs, self.batch_rows)])
+            whitening = None
+            if kind != "fourier":
+                whitening = _inverse_root(features if kind == "exact" else read(landmarks))
+                features = features @ whitening
+            yield _Frame(unit, gamma, landmarks, whitening, features)
+
+    def _gammas(self, inputs: Tensor) -> list[float]:
+        if not isinstance(self.gamma, str):
+            return [float(self.gamma)]
+        middle = median_gamma(inputs, generator=torch.Generator().manual_seed(self.seed))
+        return [middle * f for f in (_WIDTHS if self.gamma == "auto" else (1.0,))]
 
     def _choose(
-        self,
-        inputs: Tensor,
-        index: Tensor,
-        k: int,
-        draw: tuple[Kind, Tensor],
-        groups: Tensor | None,
-        generator: torch.Generator,
+        self, matrix: Tensor, index: Tensor, k: int, groups: Tensor | None
     ) -> tuple[_Frame, float]:
         """Return kernel and penalty with the lowest loss on a held-out share, unless given."""
-        if isinstance(self.gamma, str):
-            middle = median_gamma(inputs, generator=generator)
-            gammas = [middle * f for f in (_WIDTHS if self.gamma == "auto" else (1.0,))]
-        else:
-            gammas = [float(self.gamma)]
         penalties = list(_STRENGTHS) if isinstance(self.C, str) else [float(self.C)]
-        if len(gammas) * len(penalties) == 1 or int(torch.bincount(index).max()) < 2:
-            return self._frame(inputs, draw, gammas[0]), penalties[0]  # nothing to choose by
+        options = (self.standardize == "auto", self.gamma == "auto", self.C == "auto")
+        found = input_units(matrix, self.standardize)
+        if not any(options) or int(torch.bincount(index).max()) < 2:  # nothing to choose by
+            return next(self._frames(matrix, found[0])), penalties[0]
+        generator = torch.Generator().manual_seed(self.seed)
         train, held_out = split_classes(index, self.held_out, generator, groups)
-        tried: list[tuple[float, _Frame, float]] = []
-        for gamma in gammas:
-            frame = self._frame(inputs, draw, gamma)
-            for penalty in penalties:
-                found = self._weights(frame.features[train], index[train], k, penalty)
-                loss = self._loss(frame.features[held_out], index[held_out], *found)
-                tried.append((loss, frame, penalty))
-        _, best, strength = min(tried, key=lambda row: row[0])
-        return best, strength
+
+        def tried() -> Iterator[tuple[float, _Frame, float]]:
+            for unit in found:
+                for frame in self._frames(matrix, unit):
+                    for penalty in penalties:
+                        fitted = self._weights(frame.features[train], index[train], k, penalty)
+                        loss = self._loss(frame.features[held_out], index[held_out], *fitted)
+                        yield loss, frame, penalty
+
+        _, frame, penalty = min(tried(), key=lambda row: row[0])
+        return frame, penalty
 
     def _loss(self, features: Tensor, index: Tensor, weight: Tensor, intercept: Tensor) -> float:
         scores = features @ weight + intercept

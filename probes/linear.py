@@ -65,7 +65,8 @@ class LinearProbe:
         standardize: Units in which the penalty acts. ``"median"``: the root of the median variance of the principal
             directions, so that no large direction hides the others. ``"clip"``: the deviation of each
             principal direction, or the median if that is larger. ``"whiten"``: the same with a
-            thousandth of the median. ``"global"``: the root of the mean variance of the features.
+            thousandth of the median. ``"cap"``: as ``"median"``, but no direction is more than twenty times as
+            large. ``"global"``: the root of the mean variance of the features.
             ``"feature"``: the deviation of each feature. None: one, as scikit-learn. ``"auto"``: the best of
             the first three at ``C="auto"`` (the first alone with fewer rows than twice the width), else the first.
         tol: Stop when no entry of the gradient of the mean loss exceeds this, in coordinates where

@@ -1,16 +1,17 @@
 """A network with one hidden layer: what linear erasure does not promise to hide.
 
-Inputs are divided by their deviation along each principal direction, or by the median deviation where that
-is larger, so that no large direction hides the others; what is a hundredth of the median or less is missed.
-They are rotated at random while training, because Adam steps alike along every axis and so misses a
-concept that lies along a single one. Training stops when the
-log-loss on a held-out part of the training data no longer falls, and the best weights are kept.
+Which units inputs need depends on the data: one large direction hides the others from a network that sees
+plain vectors, and the network that sees every direction alike drowns in the small ones of real activations. One
+network is therefore trained for each of a few units, and the one with the lowest log-loss on a held-out
+part of the training data is kept. Inputs are rotated at random while training, because Adam steps alike along
+every axis and so misses a concept that lies along a single one. Training stops when the held-out loss
+no longer falls, and the best weights are kept.
 The global random state is neither read nor set.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn.functional import cross_entropy, gelu
 
 from concept_erasure.probes._data import Vectors, read_groups
 from concept_erasure.probes._fitted import FittedProbe, training_data
-from concept_erasure.probes._ridge import principal
+from concept_erasure.probes._ridge import InputUnits, Scaling, check_scaling, input_units
 
 __all__ = ["FittedMlp", "MlpProbe", "split_classes"]
 
@@ -29,13 +30,15 @@ class FittedMlp(FittedProbe):
 
     Attributes:
         mean: Subtracted from the vectors, shape ``[d]``.
-        basis: Then multiplies them, shape ``[d, r]``: principal directions over their units.
+        basis: Then multiplies them, shape ``[d, r]``: directions over their units.
+        standardize: Units of the inputs, as given or chosen.
         weights: ``(hidden weight [h, d], bias [h], output weight [k, h], bias [k])``.
         epochs: Passes over the data after which the held-out loss was lowest.
     """
 
     mean: Tensor
     basis: Tensor
+    standardize: Scaling
     weights: tuple[Tensor, ...]
     epochs: int
 
@@ -45,11 +48,21 @@ class FittedMlp(FittedProbe):
             return _forward(inputs, self.weights).to(x.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The best weights of a training, and the epoch and held-out loss they had."""
+
+    weights: tuple[Tensor, ...]
+    epochs: int
+    loss: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpProbe:
     """One hidden layer, GELU, AdamW, early stopping.
 
-    O(d^3 + n d^2) time once, then O(n d hidden) per epoch; O(d^2 + n d) memory.
+    O(d^3 + n d^2) time once, then O(n d hidden) per epoch, two or three times that while choosing units;
+    O(d^2 + n d) memory.
 
     Attributes:
         hidden: Width of the hidden layer. Higher reads finer structure and overfits sooner.
@@ -59,6 +72,10 @@ class MlpProbe:
         max_epochs: Most passes over the data.
         patience: Passes without a lower held-out loss before stopping.
         held_out: Share of each class kept out of training to decide when to stop, in (0, 1).
+        standardize: Units of the inputs. ``"cap"``: one number, but principal directions above twenty times the
+            median deviation are that large. ``"feature"``: the deviation of each feature. ``"whiten"``: the
+            deviation of each principal direction. The others are as in `LinearProbe`. ``"auto"``: the one of
+            these three with the lowest held-out loss (of the first two with fewer rows than twice the width).
         seed: Determines the split, the first weights and the order of the data.
 
     Example:
@@ -76,6 +93,7 @@ class MlpProbe:
     max_epochs: int = 200
     patience: int = 15
     held_out: float = 0.15
+    standardize: Scaling = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,6 +107,7 @@ class MlpProbe:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {self.held_out}")
+        check_scaling(self.standardize)
 
     def fit(self, x: Vectors, z: object, *, groups: object = None) -> FittedMlp:
         """Fit the probe.
@@ -114,24 +133,37 @@ class MlpProbe:
             generator = torch.Generator().manual_seed(self.seed)
             parts = None if groups is None else read_groups(groups, n=len(matrix))
             train, held_out = split_classes(index, self.held_out, generator, parts)
-            axes = principal(matrix[train])
-            basis = axes.basis / axes.scale("clip").sqrt()
-            inputs = ((matrix - axes.mean) @ basis).float()
-            weights = _first_weights(basis.shape[1], self.hidden, len(classes), generator)
-            weights = [weight.to(matrix.device).requires_grad_() for weight in weights]
-            rotation = _rotation(basis.shape[1], generator).to(inputs.device)
-            best, epochs = self._train(
-                weights, inputs @ rotation, index, (train, held_out), generator
-            )
-            best = (best[0] @ rotation.T, *best[1:])
+            tried = [
+                self._fit_units(unit, matrix, index, (train, held_out), generator)
+                for unit in input_units(matrix[train], self.standardize)
+            ]
+        unit, run = min(tried, key=lambda pair: pair[1].loss)
         return FittedMlp(
             classes=classes,
             width=matrix.shape[1],
-            mean=axes.mean,
-            basis=basis,
-            weights=best,
-            epochs=epochs,
+            mean=unit.mean,
+            basis=unit.basis,
+            standardize=unit.scaling,
+            weights=run.weights,
+            epochs=run.epochs,
         )
+
+    def _fit_units(
+        self,
+        unit: InputUnits,
+        matrix: Tensor,
+        index: Tensor,
+        parts: tuple[Tensor, Tensor],
+        generator: torch.Generator,
+    ) -> tuple[InputUnits, _Run]:
+        """Train one network on inputs in the given units."""
+        inputs = unit.apply(matrix).float()
+        width, classes = inputs.shape[1], int(index.max()) + 1
+        weights = _first_weights(width, self.hidden, classes, generator)
+        weights = [weight.to(matrix.device).requires_grad_() for weight in weights]
+        rotation = _rotation(width, generator).to(inputs.device)
+        run = self._train(weights, inputs @ rotation, index, parts, generator)
+        return unit, replace(run, weights=(run.weights[0] @ rotation.T, *run.weights[1:]))
 
     def _train(
         self,
@@ -140,8 +172,8 @@ class MlpProbe:
         index: Tensor,
         parts: tuple[Tensor, Tensor],
         generator: torch.Generator,
-    ) -> tuple[tuple[Tensor, ...], int]:
-        """Train until the held-out loss stops falling; return the best weights and their epoch."""
+    ) -> _Run:
+        """Train until the held-out loss stops falling."""
         train, held_out = parts
         optimizer = torch.optim.AdamW(
             weights, lr=self.learning_rate, weight_decay=self.weight_decay
@@ -161,7 +193,7 @@ class MlpProbe:
                 best = tuple(weight.detach().clone() for weight in weights)
             elif epoch - best_epoch >= self.patience:
                 break
-        return best, best_epoch
+        return _Run(best, best_epoch, lowest)
 
 
 def _forward(inputs: Tensor, weights: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -22,7 +22,8 @@ from concept_erasure.probes import (
     evaluate,
     wilson_interval,
 )
-from concept_erasure.probes.evaluate import _auc, _folds, _permuted
+from concept_erasure.probes._results import area_under_curve
+from concept_erasure.probes.evaluate import _folds, _permuted
 from tests.probes.test_linear import data
 
 
@@ -90,7 +91,7 @@ def test_folds_are_stratified(counts: list[int], folds: int, seed: int) -> None:
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=40))
 def test_area_with_ties_agrees_with_sklearn(rows: list[tuple[int, bool]]) -> None:
     scores, truth = zip(*rows, strict=True)
-    ours = _auc(torch.tensor(scores, dtype=torch.float64), torch.tensor(truth))
+    ours = area_under_curve(torch.tensor(scores, dtype=torch.float64), torch.tensor(truth))
     if len(set(truth)) == 1:
         assert ours is None
     else:

@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 from concept_erasure import LeaceEraser
 from concept_erasure.probes import KernelProbe, evaluate
 from concept_erasure.probes.kernel import Approximation, median_gamma
-from tests.probes.test_linear import data
+from tests.probes.test_linear import data, one_large_direction
 
 
 def ring(n: int, d: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -143,6 +143,22 @@ def test_what_leace_leaves_to_a_kernel() -> None:
     torch.testing.assert_close(
         constant.predict_proba(torch.ones(1, 3)), torch.full((1, 2), 0.5).double()
     )
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_large_direction_does_not_hide_the_others(rotated: bool) -> None:
+    x, z = one_large_direction(1e4, rotated=rotated)
+    fitted = KernelProbe(features=200, exact_rows=100).fit(x[:400], z[:400])
+    assert fitted.accuracy(x[600:], z[600:]) > 0.76
+    old = KernelProbe(features=200, exact_rows=100, standardize="global").fit(x[:400], z[:400])
+    assert old.accuracy(x[600:], z[600:]) < 0.6
+
+
+def test_a_small_direction_is_read() -> None:
+    x, z = one_large_direction(1e3, rotated=True, concept=1e-2)
+    fitted = KernelProbe(features=200, exact_rows=100).fit(x[:400], z[:400])
+    assert fitted.standardize == "whiten"
+    assert fitted.accuracy(x[600:], z[600:]) > 0.76
 
 
 def test_too_few_vectors_to_hold_out() -> None:

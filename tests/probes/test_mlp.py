@@ -15,6 +15,29 @@ def xor(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return x * 50 + 1000, (x[:, 0] * x[:, 1]) > 0
 
 
+def massive() -> tuple[torch.Tensor, torch.Tensor]:
+    """Thirty-two directions of which one is heavy-tailed and one rarely very large, and a concept along a third."""
+    x, z = one_large_direction(1.0, rotated=False)
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(2, len(x), generator=generator, dtype=torch.float64)
+    x[:, 10] = 50 * normal[0] / normal[1].abs().clamp(min=1e-3)
+    x[:, 11] = 3000.0 * (torch.rand(len(x), generator=generator) < 0.01)
+    mixed = torch.randn(32, 32, generator=generator, dtype=torch.float64)
+    return x @ torch.linalg.qr(mixed)[0], z
+
+
+def activations() -> tuple[torch.Tensor, torch.Tensor]:
+    """Like those of a language model: as many directions as rows, decaying, the concept in large ones."""
+    generator = torch.Generator().manual_seed(0)
+    n, d = 1600, 500
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    x = x * 30 / torch.arange(1, d + 1, dtype=torch.float64) ** 0.8
+    z = torch.rand(n, generator=generator) < 0.5
+    x[:, 5:25] += z[:, None] * x[:, 5:25].std(dim=0) * 0.9
+    mixed = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return x @ torch.linalg.qr(mixed)[0], z
+
+
 def test_reads_exclusive_or_where_a_linear_probe_cannot() -> None:
     (x, z), (x_test, z_test) = xor(600), xor(400, seed=1)
     fitted = MlpProbe(max_epochs=80).fit(x, z)
@@ -90,9 +113,12 @@ def test_bad_input() -> None:
 def test_units_of_x_do_not_matter(scale: float) -> None:
     x, z = xor(200)
     x = x.double()
-    fitted = MlpProbe(max_epochs=20).fit(x * scale, z)
-    want = MlpProbe(max_epochs=20).fit(x, z).predict_proba(x)
-    torch.testing.assert_close(fitted.predict_proba(x * scale), want, atol=1e-3, rtol=1e-3)
+    fitted = MlpProbe(max_epochs=8).fit(x * scale, z)
+    want = MlpProbe(max_epochs=8).fit(x, z)
+    assert fitted.standardize == want.standardize
+    torch.testing.assert_close(
+        fitted.predict_proba(x * scale), want.predict_proba(x), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_rounding_noise_is_not_blown_up() -> None:
@@ -114,7 +140,38 @@ def test_early_stopping_keeps_groups_together() -> None:
         MlpProbe().fit(torch.eye(4), [0, 0, 1, 1], groups=["a", "a", "b", "b"])
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_a_large_direction_does_not_hide_the_others(rotated: bool) -> None:
-    x, z = one_large_direction(1e4, rotated=rotated)
+def test_a_large_direction_does_not_hide_the_others(rotated: bool, size: float) -> None:
+    x, z = one_large_direction(size, rotated=rotated)
     assert MlpProbe().fit(x[:600], z[:600]).accuracy(x[600:], z[600:]) > 0.79
+
+
+def test_a_small_direction_is_read() -> None:
+    x, z = one_large_direction(1e3, rotated=True, concept=1e-2)
+    fitted = MlpProbe().fit(x[:600], z[:600])
+    assert fitted.standardize == "whiten"
+    assert fitted.accuracy(x[600:], z[600:]) > 0.78
+
+
+def test_massive_and_heavy_tailed_features_do_not_hide_the_others() -> None:
+    x, z = massive()
+    assert MlpProbe().fit(x[:600], z[:600]).accuracy(x[600:], z[600:]) > 0.78
+
+
+def test_as_strong_as_a_linear_probe_when_variances_decay_and_rows_are_few() -> None:
+    x, z = activations()
+    train, test = slice(0, 600), slice(600, None)
+    linear = LinearProbe().fit(x[train], z[train]).accuracy(x[test], z[test])
+    ours = MlpProbe().fit(x[train], z[train]).accuracy(x[test], z[test])
+    clipped = MlpProbe(standardize="clip").fit(x[train], z[train]).accuracy(x[test], z[test])
+    assert ours > linear - 0.03
+    assert ours > clipped + 0.05  # whitening the larger half buries the concept in noise
+
+
+def test_given_units_are_used() -> None:
+    x, z = xor(100)
+    fitted = MlpProbe(max_epochs=2, standardize="feature").fit(x, z)
+    assert fitted.standardize == "feature"
+    with pytest.raises(ValueError, match="standardize must be one of"):
+        MlpProbe(standardize="rows")  # type: ignore[arg-type]
