@@ -9,6 +9,7 @@ OUT ?= demo-out
 BENCH ?= bench-out
 JOBS ?= 2
 ARGS ?=
+RLACE ?= # for bench: --vectors word_vectors.npz --original FOLDER (the authors' code)
 # One thread a process: several small processes are faster than one that fights over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
@@ -61,6 +62,7 @@ bench: $(VENV)/.dev $(VENV)/reference ## Exactness, speed against concept-erasur
 	mkdir -p $(BENCH)
 	$(BIN)/python -m tests.benchmarks.linear --out $(BENCH)/linear.json --reference $(VENV)/reference $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.layers --out $(BENCH)/layers.json
+	$(BIN)/python -m tests.benchmarks.rlace --out $(BENCH)/rlace.json $(RLACE)
 
 docs: $(VENV)/.dev ## Build docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -104,14 +104,14 @@ def relaxed_value_oracle(game: Game, q: Tensor) -> float:
         ValueError: If the problem is too large, or the solver fails.
     """
     cp = _cvxpy()
-    n, columns = game.z.shape
+    columns, n = game.z.shape
     _check_width(q.shape[0])
     if n * columns > LARGEST_SCORES:
         raise ValueError(
             f"certificates are for at most {LARGEST_SCORES} rows x columns of z; got {n} x {columns}"
         )
     kept = (game.x - game.x @ q.to(game.x)).double().cpu().numpy()
-    z = game.z.double().cpu().numpy()
+    z = game.z.T.double().cpu().numpy()
     theta, bias = cp.Variable((kept.shape[1], columns)), cp.Variable((1, columns))
     scores = kept @ theta + np.ones((n, 1)) @ bias
     if game.loss == "squared":

@@ -28,7 +28,7 @@ __all__ = [
     "row_shape",
 ]
 
-ROWS_PER_CHUNK = 16384
+ROWS_PER_CHUNK = 1024  # of a width of some thousands stays in the cache
 
 
 def concept_scale(moments: Moments) -> Tensor:
@@ -85,10 +85,13 @@ def relative_edit(
     wide = map_.to(x.device, dtype)
     moved = total = x.new_zeros((), dtype=dtype)
     gram = wide.left.T @ wide.left
+    shift = (mean if wide.center is None else mean - wide.center) @ wide.right
     for i in range(0, len(x), ROWS_PER_CHUNK):
-        rows = x[i : i + ROWS_PER_CHUNK].to(dtype)
-        delta = (rows if wide.center is None else rows - wide.center) @ wide.right
-        sizes = torch.stack([((delta @ gram) * delta).sum(1), (rows - mean).square().sum(1)])
+        centred = x[i : i + ROWS_PER_CHUNK].to(dtype) - mean
+        delta = centred @ wide.right + shift
+        sizes = torch.stack(
+            [((delta @ gram) * delta).sum(1), torch.linalg.vecdot(centred, centred)]
+        )
         share = None if weight is None else weight[i : i + ROWS_PER_CHUNK].to(sizes)
         sums = sizes.sum(1) if share is None else sizes @ share
         moved, total = moved + sums[0], total + sums[1]

@@ -103,7 +103,7 @@ class Frame:
     Attributes:
         mean: Shape ``(d,)``.
         scale: Root of the mean variance.
-        basis: Orthonormal columns ``(d, n)``, or None.
+        basis: Orthonormal columns ``(d, n - 1)``, or None.
         size: Root of the mean variance of the targets of a squared loss, else 1.
         shift: Mean of the targets of a squared loss, else 0.
     """
@@ -123,7 +123,8 @@ class Frame:
         scale = centred.square().mean().sqrt()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         thin = centred.shape[0] < centred.shape[1]
-        basis = torch.linalg.qr(centred.T)[0] if thin else None
+        # centred rows sum to zero: the last one adds nothing
+        basis = torch.linalg.qr(centred[:-1].T)[0] if thin else None
         z = rows.targets()
         size, shift = scale.new_ones(()), torch.zeros_like(z[0])
         if rows.loss == "squared":

@@ -222,7 +222,8 @@ class Fit:
         """Return the fit of three fifths of the rows whose game tells what the others still give away."""
         if self.solver != "factored" or self.held_out is not None or not self.folds.ready:
             return None
-        return replace(self, rows=self.rows.take(self.rows.fold_numbers() >= 2))
+        rows = self.rows.take(self.rows.fold_numbers() >= 2)
+        return replace(self, rows=rows, config=replace(self.config, starts=1))
 
 
 def solve(fits: Sequence[Fit]) -> list[tuple[LowRankAffine, Report]]:
@@ -268,37 +269,26 @@ def _play(fits: Sequence[Fit]) -> list[tuple[Tensor, Report]]:
             for name in ("rows", "z")
         )  # fmt: skip
         game = replace(games[places[0]], rows=rows, z=z)
-        solutions = _from_all_starts(game, fits[places[0]])
+        begin = top_directions(game.pull(game.z)[..., :-1, :], fits[places[0]].k)
+        config = fits[places[0]].config
+        scouts = max(2, config.starts - 1) if config.starts > 1 else 0
+        solution = solve_factored(game, begin, scouts=scouts, seed=config.seed)
         for turn, i in enumerate(places):
-            out[i] = _told(frames[i], game, solutions, turn)
+            out[i] = _told(frames[i], game, solution, turn)
     return [out[i] for i in range(len(fits))]
 
 
-def _from_all_starts(game: Game, fit: Fit) -> list[Solution]:
-    """Return the solution of each start: the cross-covariance's first, then random ones."""
-    begin = [top_directions(game.pull(game.z)[..., :-1, :], fit.k)]
-    draw = torch.Generator().manual_seed(fit.config.seed)
-    for _ in range(fit.config.starts - 1):
-        noise = torch.randn(begin[0].shape[1:], generator=draw, dtype=torch.float64)
-        begin.append(torch.linalg.qr(noise.to(game.x))[0].expand_as(begin[0]))
-    return [solve_factored(game, v) for v in begin]
-
-
-def _told(
-    frame: Frame, game: Game, solutions: Sequence[Solution], turn: int
-) -> tuple[Tensor, Report]:
+def _told(frame: Frame, game: Game, solution: Solution, turn: int) -> tuple[Tensor, Report]:
     """Return directions of x and the report, in the units of z, of one game of several."""
-    values = [float(one.response.value[turn]) for one in solutions]
-    best = solutions[values.index(max(values))]
-    steps = [float(value[turn]) for value in best.history]
-    kept = [b for a, b in zip([-math.inf, *steps], steps, strict=False) if b > a]
-    report = Report(solver="factored", history=[value * frame.unit for value in kept])
-    if len(values) > 1:
-        report["values_of_starts"] = [value * frame.unit for value in values]
-    loss, ceiling = float(best.response.loss[turn]), float(game.ceiling[turn])
-    report |= {"value": max(values) * frame.unit, _loss_name(game.loss): loss * frame.unit}
-    report["entropy"] = ceiling * frame.unit
-    return torch.linalg.qr(frame.lift(best.v[turn]))[0], report
+    steps = [float(value[turn]) for value in solution.history]
+    rises = [b for a, b in zip([-math.inf, *steps], steps, strict=False) if b > a]
+    response = solution.response
+    value, loss, ceiling = (
+        float(one[turn]) * frame.unit for one in (response.value, response.loss, game.ceiling)
+    )
+    report = Report(solver="factored", history=[rise * frame.unit for rise in rises])
+    report |= {"value": value, _loss_name(game.loss): loss, "entropy": ceiling}
+    return torch.linalg.qr(frame.lift(solution.v[turn]))[0], report
 
 
 def _fantope(fit: Fit) -> tuple[Tensor, Report]:
@@ -310,7 +300,7 @@ def _fantope(fit: Fit) -> tuple[Tensor, Report]:
         dev = frame.game(fit.held_out.take(slice(0, None, 2)), config.penalty)
     k = min(fit.k, game.x.shape[1])
     found = solve_relaxed(game, k, fit.settings, seed=config.seed, dev=dev)
-    before = Game.of(game.x - game.x @ found.q, game.z, game.loss, game.penalty)
+    before = Game.of(game.x - game.x @ found.q, game.z.T, game.loss, game.penalty)
     relaxed = float(best_response(before, game.x.new_zeros(game.x.shape[1], 0)).value)
     answer, unit = best_response(game, found.v), frame.unit
     v = torch.linalg.qr(frame.lift(found.v))[0]
@@ -375,8 +365,8 @@ def _fresh_probe(
         game, judge = (frame.game(erased.take(part), penalty) for part in (train, test))
         answer = best_response(game, game.x[:0].T)
         for scores, out in (
-            (judge.rows @ answer.weights, losses),
-            (game.constant.expand_as(judge.z), constants),
+            (judge.scores(answer.weights), losses),
+            (game.constant[:, None].expand_as(judge.z), constants),
         ):
             out.append(row_losses(judge.loss, scores, judge.z) * frame.unit)
     loss, constant = torch.cat(losses), torch.cat(constants)

@@ -144,7 +144,7 @@ def solve_relaxed(
         step += block
         v, gap = round_to_projection(players.q, k)
         warm = best_response(game, v, warm, decrement=1e-6)
-        history.append(float(judge.value(judge.rows @ warm.weights)))
+        history.append(float(judge.value(judge.scores(warm.weights))))
         if best is None or history[-1] > best.selected:
             best = RelaxedSolution(v, players.q.clone(), float(gap), step, history[-1], history)
         if limit - history[-1] <= 2 * settings.stop**2:
@@ -160,7 +160,7 @@ class _Players:
     def __init__(self, game: Game, q: Tensor, settings: GameSettings) -> None:
         self.game, self.settings, self.q = game, settings, q
         self.weights = game.x.new_zeros(
-            game.rows.shape[1], game.z.shape[1]
+            game.rows.shape[1], game.z.shape[0]
         )  # the bias is the last row
         self._memory = [torch.zeros_like(q), torch.zeros_like(self.weights)]
 
@@ -168,13 +168,13 @@ class _Players:
         """Take one step of the eraser on rows ``pick[0]`` and one of the predictor on ``pick[1]``."""
         settings = self.settings
         rows, slope = self._batch(pick[0])
-        uphill = (
-            rows[:, :-1].T @ slope @ self.weights[:-1].T
-        )  # minus the derivative of the loss in q
+        uphill = (slope @ rows[:, :-1]).T @ self.weights[
+            :-1
+        ].T  # minus the derivative of the loss in q
         move = self._smooth(0, uphill + settings.eraser_decay * self.q, settings.eraser_momentum)
         self.q = fantope_projection(self.q - settings.eraser_rate * move, k)
         rows, slope = self._batch(pick[1])
-        downhill = rows.T @ slope
+        downhill = (slope @ rows).T
         downhill[:-1] -= self.q @ downhill[:-1]
         move = self._smooth(
             1, downhill + settings.predictor_decay * self.weights, settings.predictor_momentum
@@ -185,7 +185,7 @@ class _Players:
         """Return some rows and the slopes of the mean loss in their scores."""
         rows, weights = self.game.rows[pick], self.weights.clone()
         weights[:-1] -= self.q @ weights[:-1]
-        return rows, slopes(self.game.loss, rows @ weights, self.game.z[pick]) / len(pick)
+        return rows, slopes(self.game.loss, weights.T @ rows.T, self.game.z[:, pick]) / len(pick)
 
     def _smooth(self, index: int, gradient: Tensor, momentum: float) -> Tensor:
         if momentum == 0:

@@ -43,6 +43,9 @@ PATIENCE = 3
 SOLVED = 1e-6  # distance to the constant predictor's loss at which nothing is left to win
 DECREMENT = 1e-8  # best responses are exact to this share of the constant predictor's loss
 COARSE = 1e-6  # likewise on the way to a start
+ROUGH = 1e-4  # likewise of scouts
+SCOUTED = (10.0, 3.0)  # multiples of the penalty after scouting; scouts play the first
+SCOUTED_ROWS = 4096
 PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0)
 NEWTON_STEPS = 40
 CG_STEPS = 200
@@ -52,30 +55,30 @@ BACKTRACKS = 12
 
 
 def row_losses(loss: GameLoss, scores: Tensor, z: Tensor) -> Tensor:
-    """Return the loss of each row, shape ``(..., n)``, of scores and targets ``(..., n, c)``."""
+    """Return the loss of each row, shape ``(..., n)``, of scores and targets ``(..., c, n)``."""
     if loss == "cross_entropy":
-        return scores.logsumexp(-1) - (z * scores).sum(-1)
+        return scores.logsumexp(-2) - (z * scores).sum(-2)
     if loss == "squared":
-        return (scores - z).square().sum(-1)
-    return (softplus(scores) - z * scores).sum(-1)
+        return (scores - z).square().sum(-2)
+    return (softplus(scores) - z * scores).sum(-2)
 
 
 def slopes(loss: GameLoss, scores: Tensor, z: Tensor) -> Tensor:
-    """Return the derivative of each row's loss in its scores, shape ``(..., n, c)``."""
+    """Return the derivative of each row's loss in its scores, shape ``(..., c, n)``."""
     if loss == "cross_entropy":
-        return scores.softmax(-1) - z
+        return scores.softmax(-2) - z
     if loss == "squared":
         return 2 * (scores - z)
     return scores.sigmoid() - z
 
 
 def _curvature(loss: GameLoss, scores: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the product of each row's second derivative with a direction ``(..., n, c)``."""
+    """Return the product of each row's second derivative with a direction ``(..., c, n)``."""
     if loss == "squared":
         return lambda moved: 2 * moved
     if loss == "cross_entropy":
-        shares = scores.softmax(-1)
-        return lambda moved: shares * (moved - (shares * moved).sum(-1, keepdim=True))
+        shares = scores.softmax(-2)
+        return lambda moved: shares * (moved - (shares * moved).sum(-2, keepdim=True))
     share = scores.sigmoid()
     return lambda moved: share * (1 - share) * moved
 
@@ -84,9 +87,11 @@ def _curvature(loss: GameLoss, scores: Tensor) -> Callable[[Tensor], Tensor]:
 class Game:
     """Data and loss of one game, or of several side by side. Make it with `of`.
 
+    Targets and scores lie class by class: a softmax over a short last axis is many times slower.
+
     Attributes:
         rows: Centred representations with a last column of ones, shape ``(..., n, d + 1)``.
-        z: Targets, shape ``(..., n, c)``: class shares (rows sum to one), 0/1 columns, or centred reals.
+        z: Targets, shape ``(..., c, n)``: class shares (rows sum to one), 0/1 columns, or centred reals.
         loss: ``"cross_entropy"`` (softmax), ``"logistic"`` or ``"multilabel"`` (one sigmoid a column), or
             ``"squared"`` (sum of squared errors).
         penalty: Weight of ``|theta|^2``, positive.
@@ -99,21 +104,25 @@ class Game:
 
     @classmethod
     def of(cls, x: Tensor, z: Tensor, loss: GameLoss, penalty: float = 1e-3) -> Game:
-        """Return the game on centred ``x`` ``(..., n, d)``."""
-        return cls(pad(x, (0, 1), value=1.0), z, loss, penalty)
+        """Return the game on centred ``x`` ``(..., n, d)`` with targets ``z`` ``(..., n, c)``."""
+        return cls(pad(x, (0, 1), value=1.0), z.mT.contiguous(), loss, penalty)
 
     @property
     def x(self) -> Tensor:
         """The representations, shape ``(..., n, d)``."""
         return self.rows[..., :-1]
 
+    def scores(self, weights: Tensor) -> Tensor:
+        """Return the scores ``(..., c, n)`` of weights ``(..., d + 1, c)``."""
+        return weights.mT @ self.rows.mT
+
     def value(self, scores: Tensor) -> Tensor:
-        """Return the mean loss of scores ``(..., n, c)``, shape ``(...)``, on the device."""
+        """Return the mean loss of scores ``(..., c, n)``, shape ``(...)``, on the device."""
         return row_losses(self.loss, scores, self.z).mean(-1)
 
     def pull(self, slope: Tensor) -> Tensor:
         """Return ``rows^T slope / n``, shape ``(..., d + 1, c)``."""
-        return (slope.mT @ self.rows).mT / self.rows.shape[-2]
+        return (slope @ self.rows).mT / self.rows.shape[-2]
 
     @cached_property
     def decay(self) -> Tensor:
@@ -122,14 +131,32 @@ class Game:
         return pad(self.rows.new_full((width - 1, 1), 2 * self.penalty), (0, 0, 0, 1))
 
     @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Strongest principal axes ``(..., d, m)``, their variances ``(..., m)`` and the mean of the others'.
+
+        By subspace iteration from a fixed start, O(n d m).
+        """
+        x, (n, d) = self.x, self.x.shape[-2:]
+        m = min(d, PRINCIPAL_AXES)
+        draw = torch.Generator().manual_seed(0)
+        axes = torch.linalg.qr(torch.randn(d, m, generator=draw, dtype=torch.float64).to(x))[0]
+        for _ in range(3 if m < d else 1):
+            axes = torch.linalg.qr(x.mT @ (x @ axes))[0]
+        values, turn = torch.linalg.eigh((moved := x @ axes).mT @ moved / n)
+        left_over = (x.square().sum((-2, -1)) / n - values.sum(-1)).clamp_min(0) / max(d - m, 1)
+        return axes @ turn, values.clamp_min(0), left_over
+
+    @cached_property
     def preconditioner(self) -> Preconditioner:
         """Thin approximation of the inverse of the mean second derivative."""
-        return Preconditioner.of(self.x, 2.0 if self.loss == "squared" else 0.2, 2 * self.penalty)
+        return Preconditioner.of(
+            self.spectrum, 2.0 if self.loss == "squared" else 0.2, 2 * self.penalty
+        )
 
     @cached_property
     def constant(self) -> Tensor:
         """Scores ``(..., c)`` of the best constant predictor."""
-        mean = self.z.mean(-2)
+        mean = self.z.mean(-1)
         if self.loss == "squared":
             return mean
         tiny = torch.finfo(mean.dtype).eps
@@ -139,7 +166,27 @@ class Game:
     @cached_property
     def ceiling(self) -> Tensor:
         """Loss ``(...)`` of the best constant predictor (the entropy of z): no V has a higher value."""
-        return self.value(self.constant[..., None, :].expand_as(self.z))
+        return self.value(self.constant[..., None].expand_as(self.z))
+
+    def with_penalty(self, penalty: float) -> Game:
+        """Return the game with another penalty."""
+        game = replace(self, penalty=penalty)
+        vars(game)["spectrum"] = self.spectrum  # the same rows: not to be found again
+        return game
+
+    def scouts(self, rows: Tensor, count: int) -> Game:
+        """Return the game on some rows ``(m,)`` in single precision, side by side along a new last leading axis."""
+        few = replace(
+            self, rows=self.rows[..., None, rows, :].float(), z=self.z[..., None, :, rows].float()
+        )
+        lead = (*few.rows.shape[:-3], count)
+        many = replace(
+            few,
+            rows=few.rows.expand(*lead, *few.rows.shape[-2:]).contiguous(),
+            z=few.z.expand(*lead, *few.z.shape[-2:]),
+        )
+        vars(many)["spectrum"] = few.spectrum
+        return many
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,21 +204,16 @@ class Preconditioner:
     rest: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, curvature: float, ridge: float) -> Preconditioner:
-        """Find the axes by subspace iteration from a fixed start, O(n d m)."""
-        n, d = x.shape[-2:]
-        m = min(d, PRINCIPAL_AXES)
-        draw = torch.Generator().manual_seed(0)
-        axes = torch.linalg.qr(torch.randn(d, m, generator=draw, dtype=torch.float64).to(x))[0]
-        for _ in range(3 if m < d else 1):
-            axes = torch.linalg.qr(x.mT @ (x @ axes))[0]
-        values, turn = torch.linalg.eigh((moved := x @ axes).mT @ moved / n)
-        left_over = (x.square().sum((-2, -1)) / n - values.sum(-1)).clamp_min(0) / max(d - m, 1)
+    def of(
+        cls, spectrum: tuple[Tensor, Tensor, Tensor], curvature: float, ridge: float
+    ) -> Preconditioner:
+        """Build it from principal axes, their variances, and the mean of the others'."""
+        axes, values, left_over = spectrum
         rest = 1 / (curvature * left_over + ridge)[..., None, None]
-        weights = 1 / (curvature * values.clamp_min(0) + ridge)[..., None] - rest
+        weights = 1 / (curvature * values + ridge)[..., None] - rest
         bias = torch.full_like(rest, 1 / curvature)
-        full = torch.cat([rest.expand(*rest.shape[:-2], d, 1), bias], -2)
-        return cls(pad(axes @ turn, (0, 0, 0, 1)), weights, full)
+        full = torch.cat([rest.expand(*rest.shape[:-2], axes.shape[-2], 1), bias], -2)
+        return cls(pad(axes, (0, 0, 0, 1)), weights, full)
 
     def __call__(self, columns: Tensor) -> Tensor:
         """Return the product with ``columns`` ``(..., d + 1, c)``."""
@@ -272,7 +314,7 @@ def best_response(
         )
     else:
         weights = _off(v, start.weights)
-    scores = game.rows @ weights
+    scores = game.scores(weights)
     value = game.value(scores) + _dot(game.decay * weights, weights) / 2
     goal = decrement * game.ceiling.clamp_min(torch.finfo(value.dtype).tiny)
     active = torch.ones_like(value, dtype=torch.bool) if active is None else active
@@ -280,7 +322,7 @@ def best_response(
         gradient = _off(v, game.pull(slopes(game.loss, scores, game.z))) + game.decay * weights
         step = _newton_direction(game, v, scores, gradient, active)
         expected = -_dot(gradient, step) / 2
-        moved = game.rows @ step
+        moved = game.scores(step)
         size = _newton_size(game, (weights, scores, value), (step, moved), expected, active)
         wide = size[..., None, None]
         weights = torch.where(wide > 0, weights + wide * step, weights)
@@ -328,7 +370,7 @@ def _newton_direction(
     size = _dot(rest, ready)
     goal = 1e-2 * size
     for i in range(CG_STEPS):
-        bent = _off(v, game.pull(curve(game.rows @ way))) + game.decay * way
+        bent = _off(v, game.pull(curve(game.scores(way)))) + game.decay * way
         curved = _dot(way, bent)
         active = active & (curved > 0)  # else rounding is all that is left
         length = torch.where(active, size / curved, 0)[..., None, None]
@@ -349,39 +391,73 @@ def solve_factored(
     start: Tensor,
     *,
     ladder: tuple[float, ...] = PENALTIES,
-    convex_rounds: int = CONVEX_ROUNDS,
+    scouts: int = 0,
+    seed: int = 0,
     rounds: int = GRASSMANN_ROUNDS,
     tolerance: float = TOLERANCE,
 ) -> Solution:
     """Play the game on the thin factor; the value never falls.
 
-    The game has several local solutions, fewer the larger the penalty. So it is played with large penalties
-    first, each solution the start of the next game; what comes out is the start proper unless the given one is
-    better.
+    The game has several local solutions, fewer the larger the penalty. So it is played with large penalties first,
+    each solution the start of the next game. Scouts start from random directions the concept spans, on a sample of
+    the rows; the better of the two that come highest is played out too, and the best of both is the solution.
 
     Args:
         game: Data and loss.
         start: Orthonormal columns, shape ``(..., d, k)``.
         ladder: Multiples of the penalty to play first, largest first.
-        convex_rounds: Most convex-concave steps.
+        scouts: How many, none or at least 2.
+        seed: Of the scouts.
         rounds: Most ascent steps.
         tolerance: Stop after three rounds whose relative gain is below this.
 
     Returns:
         The solution; its history starts with the value of the given start.
     """
-    given = _noted(Solution(start, best_response(game, start)))
-    v, warm = start, None
+    given = Solution(start, best_response(game, start))
+    here = _better(_lead(game, start, ladder), given) if ladder else given
+    here = replace(here, history=[given.response.value, here.response.value])
+    here = _climb(game, here, CONVEX_ROUNDS, rounds, tolerance, DECREMENT)
+    if scouts:
+        one, two = (_lead(game, v, SCOUTED) for v in _scout(game, start.shape[-1], scouts, seed))
+        away = _climb(game, _better(one, two), CONVEX_ROUNDS, rounds, tolerance, DECREMENT)
+        here = _noted(_better(away, here))
+    return here
+
+
+def _better(new: Solution, old: Solution) -> Solution:
+    """Return the better of two solutions of each game, with the history of the old one."""
+    return _choose(new.response.value > old.response.value, new, old)
+
+
+def _lead(game: Game, v: Tensor, ladder: tuple[float, ...]) -> Solution:
+    """Return where easier games lead to, with the response of the game itself."""
+    warm = None
     for multiple in ladder:
-        easier = Game(game.rows, game.z, game.loss, game.penalty * multiple)
+        easier = game.with_penalty(game.penalty * multiple)
         stage = Solution(v, best_response(easier, v, warm, decrement=COARSE))
-        stage = _climb(easier, stage, convex_rounds, 10, 1e-3, COARSE)
+        stage = _climb(easier, stage, CONVEX_ROUNDS, 10, 1e-3, COARSE)
         v, warm = stage.v, stage.response
-    here = given
-    if ladder:
-        led = Solution(v, best_response(game, v, warm))
-        here = _noted(_choose(led.response.value > given.response.value, led, given))
-    return _climb(game, here, convex_rounds, rounds, tolerance, DECREMENT)
+    return Solution(v, best_response(game, v, warm))
+
+
+def _scout(game: Game, k: int, count: int, seed: int) -> list[Tensor]:
+    """Return two good starts ``(..., d, k)``, the best of several on a sample of the rows."""
+    draw = torch.Generator().manual_seed(seed)
+    n = game.rows.shape[-2]
+    rows = torch.randperm(n, generator=draw)[:SCOUTED_ROWS].to(game.rows.device)
+    span, strength, _ = torch.linalg.svd(game.pull(game.z)[..., :-1, :], full_matrices=False)
+    rank = max(k, int((strength > 1e-6 * strength[..., :1]).sum(-1).max()))
+    mix = torch.randn(count, rank, k, generator=draw, dtype=torch.float64).to(span)
+    v = torch.linalg.qr(span[..., None, :, :rank] @ mix)[0].float()
+    many = game.scouts(rows, count).with_penalty(game.penalty * SCOUTED[0])
+    here = _climb(
+        many, Solution(v, best_response(many, v, decrement=ROUGH)), CONVEX_ROUNDS, 10, 1e-3, ROUGH
+    )
+    best = here.response.value.topk(2, -1).indices
+    index = best[..., None, None].expand(*best.shape, *v.shape[-2:])
+    chosen = here.v.gather(-3, index).to(span)
+    return list(torch.linalg.qr(chosen)[0].unbind(-3))
 
 
 def _unsolved(game: Game, here: Solution) -> Tensor:

@@ -19,7 +19,7 @@ Report: ``solver``, ``rank`` (what is removed; at most that of the cross-covaria
 alone), ``entropy`` (the constant predictor's loss), ``history``, ``residual``, ``edit_size``, ``held_out_gap`` with its
 interval (closed forms, cross-fitted as for LEACE, or with ``held_out``). Below full rank ``held_out_loss``: the loss of
 a fresh probe on rows that neither it nor the eraser has seen, with its interval, beside ``held_out_entropy``, that of
-the constant; without ``held_out`` the game is played once more on three fifths of the rows for it.
+the constant; without ``held_out`` the game is played once more, from one start, on three fifths of the rows for it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RlaceConfig(EraserConfig):
     loss: str = "auto"
     preset: str | None = None
     penalty: float = 1e-3
-    starts: int = 1
+    starts: int = 8
     seed: int = 0
     fill: str = "none"
 
@@ -123,7 +123,7 @@ class RlaceEraser(RepresentationEraser):
         loss: RlaceLoss = "auto",
         preset: Preset | GameSettings | None = None,
         penalty: float = 1e-3,
-        starts: int = 1,
+        starts: int = 8,
         seed: int = 0,
         fill: Fill = "none",
         certify: bool = False,
@@ -150,7 +150,7 @@ class RlaceEraser(RepresentationEraser):
                 steps at ten times the published learning rate.
             penalty: Weight of the predictor's squared norm, with x at unit mean variance.
             starts: Starts of the factored solver, the best is kept: the first from the cross-covariance, the others
-                random. One is nearly always enough.
+                random directions of its span, tried on a sample of rows.
             seed: Seed of random starts and minibatches.
             fill: What to remove beyond the rank when k is larger: ``"none"``, or the directions of largest
                 ``"variance"``.
@@ -196,7 +196,7 @@ class RlaceEraser(RepresentationEraser):
         k: int | None = None,
         loss: RlaceLoss = "auto",
         penalty: float = 1e-3,
-        starts: int = 1,
+        starts: int = 8,
         seed: int = 0,
         z_kind: LabelKind = "auto",
     ) -> dict[str, RlaceEraser]:

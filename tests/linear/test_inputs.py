@@ -228,6 +228,7 @@ def test_pandas_features() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_labels_on_another_device() -> None:
     x, z = sample(N, D, 2)
     eraser = LeaceEraser.fit(x.cuda(), z)
