@@ -32,6 +32,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) install --quiet -c constraints.txt -e '.[certify,diffusion,peft]' --group dev
+	$(PIP) install --quiet --no-deps open-clip-torch==3.3.0 # for its vocabulary file only
 	@touch $@
 
 demo: $(VENV)/.runtime ## Erase gender from a language model and from sentence embeddings; report in demo-out/

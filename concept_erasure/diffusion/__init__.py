@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from concept_erasure.diffusion.anchored import AnchoredProjectionEraser
-    from concept_erasure.diffusion.core import Pairs, Preserve, certificate, metric, solve
+    from concept_erasure.diffusion.core import Pairs, Preserve, metric, solve
     from concept_erasure.diffusion.crce import ConceptSpec, expand, load_specs
     from concept_erasure.diffusion.encode import TextEncoder, text_representations
     from concept_erasure.diffusion.fusion import live_loras, merge_loras
     from concept_erasure.diffusion.mace import MaceEraser
+    from concept_erasure.diffusion.reach import certificate
     from concept_erasure.diffusion.realera import RealEraEraser
     from concept_erasure.diffusion.rece import ReceEraser
     from concept_erasure.diffusion.speed import SpeedEraser
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "anchored": ("AnchoredProjectionEraser",),
-    "core": ("Pairs", "Preserve", "certificate", "metric", "solve"),
+    "core": ("Pairs", "Preserve", "metric", "solve"),
     "crce": ("ConceptSpec", "expand", "load_specs"),
     "encode": ("TextEncoder", "text_representations"),
     "fusion": ("live_loras", "merge_loras"),
     "mace": ("MaceEraser",),
+    "reach": ("certificate",),
     "realera": ("RealEraEraser",),
     "rece": ("ReceEraser",),
     "speed": ("SpeedEraser",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
@@ -20,27 +20,25 @@ from concept_erasure.errors import ErasureWarning, ShapeError, SpaceError
 from concept_erasure.linalg import LowRankAffine, statistics_dtype
 
 __all__ = [
-    "Certificate",
     "Metric",
     "PairSums",
     "Pairs",
     "Preserve",
-    "certificate",
     "compress",
     "metric",
     "solve",
     "solve_layer",
     "text_gram",
+    "wide_rows",
 ]
 
 Form = Literal["auto", "dual", "primal"]
-SINGULAR = 1e-10  # a direction shrunk by more than this cannot be brought back in float64
 ROUNDING = 1e-11  # what is left of a preserved vector in a null space found by eigh
 FORBIDDEN = 1e-7  # share of a concept below which it lies in what is preserved
 ROWS_PER_CHUNK = 4096
 
 
-def _wide(rows: Tensor, name: str, width: int | None = None) -> Tensor:
+def wide_rows(rows: Tensor, name: str, width: int | None = None) -> Tensor:
     """Return rows as (n, d) in the widest dtype of their device."""
     if not isinstance(rows, Tensor) or not rows.is_floating_point():
         raise TypeError(
@@ -79,7 +77,7 @@ class Pairs:
     concept: Tensor | None = None
 
     def __post_init__(self) -> None:
-        source, target = _wide(self.source, "source"), _wide(self.target, "target")
+        source, target = wide_rows(self.source, "source"), wide_rows(self.target, "target")
         if source.shape != target.shape:
             raise ShapeError(
                 f"source and target must have one shape; got {tuple(source.shape)} and {tuple(target.shape)}"
@@ -259,7 +257,7 @@ class Preserve:
             ShapeError: If shapes disagree.
             ValueError: If something is not finite, or a weight is negative.
         """
-        wide = _wide(vectors, "vectors", self.width).to(self.gram)
+        wide = wide_rows(vectors, "vectors", self.width).to(self.gram)
         factor = torch.as_tensor(1.0 if weight is None else weight, dtype=wide.dtype).to(
             wide.device
         )
@@ -466,7 +464,7 @@ def metric(
     if gram is not None:
         if gram.shape != (width, width):
             raise ShapeError(f"the Gram must be ({width}, {width}); got {tuple(gram.shape)}")
-        gram = _wide(gram, "the Gram")
+        gram = wide_rows(gram, "the Gram")
     scale, factor, basis = 1.0, None, None
     if hard:
         scale = (1.0 if ridge is None else ridge) ** -0.5
@@ -482,7 +480,7 @@ def metric(
     kept = (
         None
         if invariants is None or not len(invariants)
-        else _wide(invariants, "invariants", width)
+        else wide_rows(invariants, "invariants", width)
     )
     made = Metric(width, options, gram, kept, scale, factor, basis)
     return made if kept is None else _hold(made, kept, invariant_ridge)
@@ -633,8 +631,8 @@ def solve_layer(
         ShapeError: If shapes disagree.
         ValueError: As for `solve`.
     """
-    source = _wide(source, "source", metric.width)
-    residual = _wide(residual, "residual").to(source)
+    source = wide_rows(source, "source", metric.width)
+    residual = wide_rows(residual, "residual").to(source)
     if len(residual) != len(source):
         raise ShapeError(f"{len(source)} embeddings and {len(residual)} residuals")
     weights = torch.as_tensor(weight, dtype=source.dtype, device=source.device).expand(len(source))
@@ -756,175 +754,9 @@ def text_gram(weights: Iterable[Tensor]) -> Tensor:
     """
     total: Tensor | None = None
     for weight in weights:
-        wide = _wide(weight, "a weight", None if total is None else len(total))
+        wide = wide_rows(weight, "a weight", None if total is None else len(total))
         total = wide.new_zeros(wide.shape[1], wide.shape[1]) if total is None else total
         total.addmm_(wide.to(total).T, wide.to(total))
     if total is None:
         raise ValueError("there are no weights")
     return total
-
-
-@dataclass(frozen=True, eq=False)
-class Certificate:
-    """What somebody who may choose any text embedding can still reach, one number for each concept.
-
-    Attributes:
-        rho: Share of the way from anchor to concept that no embedding can travel; 0 is fully restorable.
-        distance: ``|x - c| / |c|`` of the best such embedding that is nearest to the concept.
-        norm: ``|x| / |c|`` of it.
-        anchored: Whether rho is relative to the anchors, and not to the concepts themselves.
-        names: The concepts, if they have names.
-    """
-
-    rho: Tensor
-    distance: Tensor
-    norm: Tensor
-    anchored: bool = True
-    names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.rho)
-
-    def to_dict(self) -> dict[str, list[float] | bool | list[str]]:
-        """Return plain numbers for a report."""
-        return {
-            "rho": self.rho.tolist(),
-            "distance": self.distance.tolist(),
-            "norm": self.norm.tolist(),
-            "anchored": self.anchored,
-            "names": list(self.names),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> Certificate:
-        """Return what `to_dict` gave."""
-        rho, distance, norm = (
-            torch.tensor(values[key], dtype=torch.float64) for key in ("rho", "distance", "norm")
-        )
-        names = values.get("names", [])
-        return cls(
-            rho,
-            distance,
-            norm,
-            bool(values.get("anchored", True)),
-            tuple(str(name) for name in names) if isinstance(names, list | tuple) else (),
-        )
-
-    def __repr__(self) -> str:
-        below = "|c - anchor|" if self.anchored else "|c|"
-        lines = [
-            f"Certificate: out of reach of every text embedding, as a share of {below} (0: restorable)"
-        ]
-        rows = list(zip(self.rho.tolist(), self.distance.tolist(), self.norm.tolist(), strict=True))
-        for k, (rho, distance, norm) in enumerate(rows[:20]):
-            name = repr(self.names[k]) if k < len(self.names) else f"concept {k}"
-            lines.append(
-                f"  {name}: {rho:.3g}; the nearest way back lies {distance:.3g} |c| away, at {norm:.3g} |c|"
-            )
-        if len(rows) > 20:
-            lines.append(f"  ... and {len(rows) - 20} more, {min(r[0] for r in rows):.3g} at least")
-        return "\n".join(lines)
-
-
-def certificate(
-    H: Tensor | Callable[[], Tensor] | None,
-    map: LowRankAffine,
-    concepts: Tensor,
-    anchors: Tensor | None = None,
-    *,
-    names: Sequence[str] = (),
-) -> Certificate:
-    """Return what no choice of a text embedding can reach after an edit; needs no images.
-
-    ``rho = min_x |H^(1/2) (M x - c)| / |H^(1/2) (c - c*)|``. An invertible edit gives 0 whatever H is.
-
-    Args:
-        H: `text_gram` of the maps that were edited, of full rank, or a function that gives it; it is needed
-            only where the edit is singular.
-        map: The edit.
-        concepts: Shape ``(n, d)``.
-        anchors: Shape ``(n, d)``; None compares with the concepts themselves (erasers without anchors).
-        names: Of the concepts, to be shown.
-
-    Raises:
-        ShapeError: If shapes disagree.
-        ValueError: If H is needed and missing, or not of full rank.
-    """
-    rows = _wide(concepts, "concepts", map.width)
-    edit = map.to(rows.device, rows.dtype)
-    other = None if anchors is None else _wide(anchors, "anchors", map.width).to(rows)
-    if other is not None and len(other) != len(rows):
-        raise ShapeError(f"{len(rows)} concepts and {len(other)} anchors")
-    below = rows if other is None else rows - other
-    # in an orthonormal basis of all the factors the edit is I outside, and a small matrix inside
-    basis = _span(edit)
-    core = torch.eye(basis.shape[1], dtype=rows.dtype, device=rows.device)
-    core = core - (basis.T @ edit.left) @ (edit.right.T @ basis)
-    wanted = rows - edit(rows)
-    rho = rows.new_zeros(len(rows))
-    inverse = _inverse(core)
-    if inverse is None:
-        u, sizes, vh = torch.linalg.svd(core)
-        lost = sizes <= SINGULAR * sizes.max().clamp_min(1.0)
-        inverse = (vh[~lost].T / sizes[~lost]) @ u[:, ~lost].T
-        if bool(lost.any()):
-            gram = H() if callable(H) else H
-            if gram is None:
-                raise ValueError("the edit is singular, so H is needed; give text_gram(weights)")
-            rho, wanted = _out_of_reach(gram.to(rows), basis @ u[:, lost], wanted, below)
-    inside = wanted @ basis
-    step = wanted + (inside @ inverse.T - inside) @ basis.T
-    size = torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
-    distance = torch.linalg.vector_norm(step, dim=1) / size
-    norm = torch.linalg.vector_norm(rows + step, dim=1) / size
-    return Certificate(rho, distance, norm, anchors is not None, tuple(names))
-
-
-def _inverse(core: Tensor) -> Tensor | None:
-    """Return the inverse if it is far from singular; cheaper than an SVD."""
-    inverse, failed = torch.linalg.inv_ex(core)
-    if bool(failed) or not bool(torch.isfinite(inverse).all()):
-        return None
-    size = float(inverse.norm()) * max(1.0, float(core.norm()))
-    found: Tensor = inverse
-    return found if size < 0.1 / SINGULAR else None
-
-
-def _span(edit: LowRankAffine) -> Tensor:
-    """Return an orthonormal basis of the columns of both factors, shape ``(d, at most 2k)``."""
-    if 2 * edit.rank >= edit.width:
-        return torch.eye(edit.width, dtype=edit.left.dtype, device=edit.left.device)
-    tiny = torch.finfo(edit.left.dtype).tiny
-    columns = torch.cat([edit.left, edit.right], 1)
-    columns = columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(tiny)
-    basis: Tensor = torch.linalg.qr(columns)[0]
-    return basis
-
-
-def _out_of_reach(
-    H: Tensor, closed: Tensor, wanted: Tensor, below: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return rho, and the part of what is wanted that the edit can express (nearest in H).
-
-    Args:
-        H: Shape ``(d, d)``.
-        closed: Basis of the null space of ``M^T``, shape ``(d, m)``.
-        wanted: Rows ``c - M c``, shape ``(n, d)``.
-        below: Rows that rho is relative to, shape ``(n, d)``.
-    """
-    factor, failed = torch.linalg.cholesky_ex(H)
-    pivots = factor.diagonal().square()
-    if bool(failed) or float(pivots.min()) <= len(H) * torch.finfo(H.dtype).eps * float(
-        pivots.max()
-    ):
-        raise ValueError(
-            f"H does not have full rank {len(H)}: the maps do not see every direction of an embedding, so there is "
-            "no certificate; give the weights of all edited maps"
-        )
-    seen = torch.cholesky_solve(closed, factor)
-    small = torch.linalg.cholesky(closed.T @ seen)
-    inside = wanted @ closed
-    missed = torch.linalg.solve_triangular(small, inside.T, upper=False)
-    scale = torch.linalg.vector_norm(below @ factor, dim=1)
-    rho = torch.linalg.vector_norm(missed, dim=0) / scale.clamp_min(torch.finfo(H.dtype).tiny)
-    return rho, wanted - torch.cholesky_solve(inside.T, small).T @ seen.T

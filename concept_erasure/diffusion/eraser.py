@@ -7,11 +7,10 @@ withdrawn by solving again for all, not by editing an edit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast, get_args
+from typing import Any, ClassVar, Self, TypeVar, cast, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -19,15 +18,12 @@ from torch import Tensor, nn
 
 from concept_erasure._storage import write
 from concept_erasure.diffusion.core import (
-    Certificate,
     Metric,
     Pairs,
     PairSums,
-    certificate,
     compress,
     metric,
     solve,
-    text_gram,
 )
 from concept_erasure.diffusion.encode import TextEncoder
 from concept_erasure.diffusion.maps import (
@@ -37,21 +33,25 @@ from concept_erasure.diffusion.maps import (
     encoder_fingerprint,
     module_at,
     text_encoders,
-    text_maps,
 )
-from concept_erasure.edit import DensePatch, Edit, HookPatch, Patch, active_edits, same_lineage
+from concept_erasure.diffusion.measured import certified, changed_entries, measured
+from concept_erasure.diffusion.reach import Certificate
+from concept_erasure.diffusion.targets import (
+    ApplyForm,
+    MapTarget,
+    SharedEdit,
+    chosen_maps,
+    map_path,
+)
+from concept_erasure.edit import Edit, Patch, active_edits, same_lineage
 from concept_erasure.eraser import Eraser, EraserConfig
 from concept_erasure.errors import EditError, ShapeError, SpaceError
 from concept_erasure.linalg import LowRankAffine, statistics_dtype
-from concept_erasure.patches import LoraPatch
-from concept_erasure.sites import Site, Space, model_id
+from concept_erasure.sites import Space, model_id
 
 __all__ = ["ApplyForm", "DiffusionConfig", "DiffusionEraser", "fit_eraser"]
 
-ApplyForm = Literal["weights", "hook", "lora"]
 SITE = "cross_attention"
-ROWS_PER_CONCEPT = 8  # tokens of a concept for which the certificate is computed
-SAMPLED_MAPS = 4  # weights on which the effect of the cast is measured
 METRIC_OPTIONS = ("lam", "hard", "tau", "relative_tau", "rank", "ridge", "invariant_ridge")
 
 E = TypeVar("E", bound="DiffusionEraser")
@@ -186,9 +186,22 @@ class DiffusionEraser(Eraser):
         Raises:
             EditError: If there is none; the message says why.
         """
-        found = self.report.get("certificate")
+        return self._certificate("")
+
+    @property
+    def pooled_certificate(self) -> Certificate:
+        """What no pooled vector can reach through the map that reads it.
+
+        Raises:
+            EditError: If there is none; the message says why.
+        """
+        return self._certificate("pooled_")
+
+    def _certificate(self, prefix: str) -> Certificate:
+        found = self.report.get(f"{prefix}certificate")
         if not isinstance(found, Mapping):
-            why = self.report.get("certificate_missing", "it was not computed")
+            absent = "it was not computed" if not prefix else "no pooled vector is edited"
+            why = self.report.get(f"{prefix}certificate_missing", absent)
             raise EditError(f"this eraser has no certificate: {why}")
         return Certificate.from_dict(found)
 
@@ -299,25 +312,27 @@ class DiffusionEraser(Eraser):
                 changes |= {f"{prefix}left": thin.left, f"{prefix}right": thin.right}
         return replace(self, **changes)
 
-    def _targets(self, pipe: object) -> Iterator[_Target]:
+    def _targets(self, pipe: object) -> Iterator[MapTarget]:
         """Yield what must change, after all checks."""
         self._check_pipe(pipe)
-        maps = _chosen(pipe, self.options.maps, pooled=self.pooled_left is not None)
+        maps = chosen_maps(pipe, self.options.maps, pooled=self.pooled_left is not None)
         layers = self._layers()
-        edits = [None if edit is None else _Shared.of(edit) for edit in (self.map, self.pooled_map)]
-        if unknown := set(layers) - {_path(m) for m in maps}:
+        edits = [
+            None if edit is None else SharedEdit.of(edit) for edit in (self.map, self.pooled_map)
+        ]
+        if unknown := set(layers) - {map_path(m) for m in maps}:
             raise EditError(
                 f"the pipeline has no text map {min(unknown)!r}, which this edit changes"
             )
         for text_map in maps:
             shared = edits[text_map.kind == "pooled"]
-            own = None if text_map.kind == "pooled" else layers.get(_path(text_map))
+            own = None if text_map.kind == "pooled" else layers.get(map_path(text_map))
             if shared is not None and shared.width != text_map.width:
                 raise ShapeError(
                     f"{text_map.name!r} reads text of width {text_map.width}; the eraser has width {shared.width}"
                 )
             if shared is not None or own is not None:
-                yield _Target(text_map, module_at(pipe, text_map), shared, own)
+                yield MapTarget(text_map, module_at(pipe, text_map), shared, own)
 
     def _layers(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the edits that differ by layer, ``(up, down)`` by path."""
@@ -479,7 +494,9 @@ class DiffusionEraser(Eraser):
             edit = self._solve(pairs, metrics[prefix])
             changes |= _tensors(prefix, edit, pairs, metrics[prefix])
         made = replace(self, **changes, config=config, report={})
-        report = {**_measured(made, parts[""], metrics[""]), **_certified(made, parts[""], pipe)}
+        report = measured(made, parts[""], metrics[""])
+        for prefix, pairs in parts.items():
+            report |= certified(made, pairs, pipe, prefix)
         kept = {k: v for k, v in self.report.items() if k in ("weight_dtype", "encoder")}
         made = replace(made, report={**kept, **report})
         object.__setattr__(made, "_metrics", metrics)
@@ -551,129 +568,6 @@ class DiffusionEraser(Eraser):
             )
 
 
-@dataclass(frozen=True, eq=False)
-class _Shared:
-    """The shared edit, made ready for many maps: thin orthogonal factors, or ``E`` itself where that is cheaper.
-
-    Either may be used in single precision: there is no cancellation between large factors left.
-    """
-
-    edit: LowRankAffine
-    change: Tensor | None
-
-    @classmethod
-    def of(cls, edit: LowRankAffine) -> _Shared:
-        """Return an edit made ready."""
-        wide = edit.to(dtype=statistics_dtype(edit.left.device))
-        if edit.rank > edit.width // 3:
-            return cls(wide, -(wide.left @ wide.right.T))
-        return cls(compress(wide), None)
-
-    @property
-    def width(self) -> int:
-        """Width d of the text vectors."""
-        return self.edit.width
-
-
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """A text map, and what is to be done to it: the shared edit, then its own ``(up, down)``."""
-
-    map: TextMap
-    module: nn.Linear
-    shared: _Shared | None
-    own: tuple[Tensor, Tensor] | None
-
-    @property
-    def path(self) -> str:
-        """Path of the map, an adapter around it included."""
-        return _path(self.map)
-
-    def patches(self, form: ApplyForm) -> list[Patch]:
-        """Return the patches of one form."""
-        if form == "weights":
-            return [DensePatch(f"{self.map.name}.weight", lambda _: self.folded())]
-        if form == "hook" and self.own is None and self.shared is not None:
-            site = Site(self.path, self.path, "module", "input")
-            edit, columns = self.shared.edit, self.map.columns
-            if columns is None:
-                return [HookPatch(site, partial(_call, edit))]
-            return [HookPatch(site, partial(_call_columns, edit, columns))]
-        return [LoraPatch(self.path, lambda _: self.factors(self.module))]
-
-    @torch.no_grad()
-    def folded(self) -> Tensor:
-        """Return the new weight, shape ``(out, in)``, in at least single precision."""
-        weight = self.module.weight.detach()
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        part = wide[:, self.map.text_columns]
-        if self.shared is not None and self.shared.change is not None:
-            part += part @ self.shared.change.to(part)
-        elif self.shared is not None:
-            left, right = self.shared.edit.left.to(part), self.shared.edit.right.to(part)
-            part.addmm_(part @ left, right.T, alpha=-1)
-        if self.own is not None:
-            part.addmm_(self.own[0].to(part), self.own[1].to(part).T)
-        return wide
-
-    @torch.no_grad()
-    def factors(self, module: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Return ``up (out, k)`` and ``down (in, k)`` of the change ``up down^T`` of the weight."""
-        device, dtype = module.weight.device, statistics_dtype(module.weight.device)
-        pairs: list[tuple[Tensor, Tensor]] = []
-        if self.shared is not None:
-            edit = self.shared.edit.to(device, dtype)
-            pairs.append((-self._through(module, edit.left), edit.right))
-        if self.own is not None:
-            pairs.append((self.own[0].to(device, dtype), self.own[1].to(device, dtype)))
-        up, down = (torch.cat(factors, 1) for factors in zip(*pairs, strict=True))
-        columns = self.map.text_columns
-        before, after = (
-            columns.start or 0,
-            module.in_features - (columns.stop or module.in_features),
-        )
-        return up, nn.functional.pad(down, (0, 0, before, after))
-
-    def _through(self, module: nn.Linear, left: Tensor) -> Tensor:
-        """Return ``W left``; a quantised module is asked for it."""
-        columns = self.map.text_columns
-        if not self.map.quantised:
-            return module.weight.detach()[:, columns].to(left) @ left
-        wide = left.new_zeros(left.shape[1] + 1, module.in_features)
-        wide[1:, columns] = left.T
-        compute = next(
-            (p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32
-        )
-        out = module(wide.to(compute if compute.itemsize > 1 else torch.float32)).to(left)
-        moved: Tensor = out[1:] - out[0]
-        return moved.T
-
-
-def _path(text_map: TextMap) -> str:
-    return text_map.name.removesuffix(".base_layer")
-
-
-def _call(edit: LowRankAffine, x: Tensor) -> Tensor:
-    return edit(x)
-
-
-def _call_columns(edit: LowRankAffine, columns: slice, x: Tensor) -> Tensor:
-    out = x.clone()
-    out[..., columns] = edit(x[..., columns])
-    return out
-
-
-def _chosen(pipe: object, kinds: Sequence[str], *, pooled: bool) -> list[TextMap]:
-    """Return the maps whose inputs are the text vectors themselves, of these kinds."""
-    wanted = {*kinds, "context"} | ({"pooled"} if pooled else set())
-    found = [m for m in text_maps(pipe) if m.exact and m.kind in wanted]
-    if pooled and not any(m.kind == "pooled" for m in found):
-        raise EditError(
-            "this eraser edits pooled vectors, which the denoiser of this pipeline does not read"
-        )
-    return found
-
-
 def _tensors(
     prefix: str, edit: LowRankAffine, pairs: Pairs | PairSums | None, held: Metric | None
 ) -> dict[str, Any]:
@@ -736,7 +630,9 @@ def fit_eraser(
     config = replace(config, **own)
     if pooled_metric is not None:
         config = replace(config, pooled=dict(pooled_metric.options))
-    maps = _chosen(pipe, config.maps, pooled=pooled_metric is not None or pooled_edit is not None)
+    maps = chosen_maps(
+        pipe, config.maps, pooled=pooled_metric is not None or pooled_edit is not None
+    )
     _check_weights(pipe, maps, metric.width)
     rows = _told_apart(pairs, len(config.concepts))
     if edit is None:
@@ -744,9 +640,9 @@ def fit_eraser(
             raise ValueError("give pairs, or the edit itself")
         edit = cls._solve(rows, metric) if isinstance(rows, Pairs) else solve(rows, metric)
     tensors = _tensors("", edit, rows, metric)
+    pooled_rows = _told_apart(pooled_pairs, len(config.concepts))
     if pooled_metric is not None or pooled_edit is not None:
-        kept = _told_apart(pooled_pairs, len(config.concepts))
-        tensors |= _pooled(cls, kept, pooled_metric, pooled_edit)
+        tensors |= _pooled(cls, pooled_rows, pooled_metric, pooled_edit)
     if layers:
         packed, names, outs = _packed(layers)
         tensors |= packed
@@ -761,13 +657,14 @@ def fit_eraser(
     )
     made = cls(**tensors, config=config, space=space, report={})
     made._check()
-    measured = {
-        **_measured(made, rows, metric, preserved=preserved, blank=blank),
-        **_cast(made, pipe),
-        **_certified(made, rows if isinstance(rows, Pairs) else None, pipe),
+    found = {
+        **measured(made, rows, metric, preserved=preserved, blank=blank),
+        **changed_entries(made, pipe),
+        **certified(made, rows, pipe),
+        **(certified(made, pooled_rows, pipe, "pooled_") if made.pooled_left is not None else {}),
         **(report or {}),
     }
-    made = replace(made, report=measured)
+    made = replace(made, report=found)
     object.__setattr__(
         made, "_metrics", {"": metric, "pooled_": pooled_metric} if pooled_metric else {"": metric}
     )
@@ -834,106 +731,3 @@ def _packed(
     packed = {"layer_up": torch.cat(ups), "layer_down": torch.stack(downs[:1] if same else downs)}
     names = tuple(name.removesuffix(".base_layer") for name in layers)
     return packed, names, tuple(len(up) for up in ups)
-
-
-def _measured(
-    made: DiffusionEraser,
-    pairs: Pairs | PairSums | None,
-    metric: Metric,
-    *,
-    preserved: Tensor | None = None,
-    blank: Tensor | None = None,
-) -> dict[str, object]:
-    """Return what the shared edit does to the embeddings."""
-    edit = made.map
-    report: dict[str, object] = {
-        "concepts": len(made.concepts),
-        "rank": edit.rank,
-        "free_dimensions": metric.dimension,
-        "edit_size": float(
-            ((edit.left.T @ edit.left) * (edit.right.T @ edit.right)).sum().clamp_min(0).sqrt()
-        ),
-    }
-    if pairs is not None:
-        report["pairs"] = len(pairs)
-    if isinstance(pairs, Pairs) and len(pairs):
-        wanted = torch.linalg.vector_norm(pairs.target - pairs.source, dim=1)
-        left = torch.linalg.vector_norm(pairs.target - edit(pairs.source), dim=1)
-        report["residual"] = float((left[wanted > 0] / wanted[wanted > 0]).max())
-    if metric.gram is not None and float(metric.gram.trace()) > 0:
-        moved = edit.right.T @ metric.gram @ edit.right
-        size = ((edit.left.T @ edit.left) * moved).sum().clamp_min(0)
-        report["preserved_drift_rms"] = float((size / metric.gram.trace()).sqrt())
-    for name, rows in (("preserved_drift_max", preserved), ("blank_drift", blank)):
-        if rows is not None and len(rows):
-            report[name] = _drift(edit, rows)
-    if blank is None and metric.invariants is not None:
-        report["invariant_drift"] = _drift(edit, metric.invariants)
-    return report
-
-
-def _drift(edit: LowRankAffine, rows: Tensor) -> float:
-    rows = rows.reshape(-1, edit.width).to(edit.left)
-    size = torch.linalg.vector_norm(rows, dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
-    moved = torch.linalg.vector_norm((rows @ edit.right) @ edit.left.T, dim=1)
-    return float((moved / size).max())
-
-
-@torch.no_grad()
-def _cast(made: DiffusionEraser, pipe: object) -> dict[str, object]:
-    """Return which share of the weight entries is another number after the edit was cast to their dtype."""
-    targets = [
-        t for t in made._targets(pipe) if not t.map.quantised and not t.module.weight.is_meta
-    ]
-    if not targets:
-        return {}
-    step = -(-len(targets) // SAMPLED_MAPS)
-    changed = total = 0
-    for target in targets[::step]:
-        weight = target.module.weight.detach()
-        now = target.folded().to(weight.dtype)
-        columns = target.map.text_columns
-        changed += int((now != weight)[:, columns].sum())
-        total += weight[:, columns].numel()
-    dtype = str(targets[0].module.weight.dtype).removeprefix("torch.")
-    return {"changed_entries": changed / total, "weight_dtype": dtype}
-
-
-def _certified(
-    made: DiffusionEraser, pairs: Pairs | None, pipe: object | None
-) -> dict[str, object]:
-    """Return the certificate: for each concept the token that is easiest to reach."""
-    if made.options.layers:
-        return {"certificate_missing": "the edit differs by layer"}
-    if pairs is None or pairs.concept is None or not len(pairs):
-        return {"certificate_missing": "the pairs do not tell the concepts apart"}
-    moved = (pairs.source != pairs.target).any(1)
-    chosen: list[Tensor] = []
-    for number in range(len(made.concepts)):
-        own = ((pairs.concept == number) & moved).nonzero()[:ROWS_PER_CONCEPT, 0]
-        if len(own):
-            chosen.append(own)
-    rows = torch.cat(chosen)
-    seen: Callable[[], Tensor] | None = None if pipe is None else partial(_seen, made, pipe)
-    try:
-        found = certificate(seen, made.map, pairs.source[rows], pairs.target[rows])
-    except ValueError as error:
-        return {"certificate_missing": str(error)}
-    best: list[int] = []
-    start = 0
-    for own in chosen:
-        part = [
-            (float(found.rho[i]), float(found.distance[i]), i)
-            for i in range(start, start + len(own))
-        ]
-        best.append(min(part)[2])
-        start += len(own)
-    names = [made.concepts[int(pairs.concept[rows[i]])] for i in best]
-    kept = Certificate(found.rho[best], found.distance[best], found.norm[best], True, tuple(names))
-    return {"certificate": kept.to_dict()}
-
-
-def _seen(made: DiffusionEraser, pipe: object) -> Tensor:
-    """Return H of the maps that are edited."""
-    maps = [m for m in _chosen(pipe, made.options.maps, pooled=False) if not m.quantised]
-    return text_gram(module_at(pipe, m).weight.detach()[:, m.text_columns] for m in maps)

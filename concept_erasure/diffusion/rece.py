@@ -28,7 +28,6 @@ from concept_erasure.diffusion.core import (
     Metric,
     Pairs,
     Preserve,
-    certificate,
     compress,
     metric,
     solve,
@@ -37,6 +36,7 @@ from concept_erasure.diffusion.core import (
 from concept_erasure.diffusion.eraser import DiffusionConfig, DiffusionEraser, fit_eraser
 from concept_erasure.diffusion.maps import module_at, text_maps
 from concept_erasure.diffusion.prepare import Preset, Texts, chosen_options, reads_pooled
+from concept_erasure.diffusion.reach import certificate
 from concept_erasure.diffusion.tokens import TokenRule
 from concept_erasure.diffusion.wording import Task
 from concept_erasure.eraser import EraserConfig

@@ -16,9 +16,10 @@ from concept_erasure.diffusion.anchored import (
     anchored_projection,
     independent_columns,
 )
-from concept_erasure.diffusion.core import Pairs, Preserve, certificate, metric, solve, text_gram
+from concept_erasure.diffusion.core import Pairs, Preserve, metric, solve, text_gram
 from concept_erasure.diffusion.encode import TextEncoder
 from concept_erasure.diffusion.maps import module_at, text_maps
+from concept_erasure.diffusion.reach import certificate
 from concept_erasure.diffusion.uce import UceEraser
 from concept_erasure.eraser import Eraser
 from concept_erasure.errors import ErasureWarning, ShapeError

@@ -6,17 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concept_erasure.diffusion.core import (
-    Certificate,
     Pairs,
     PairSums,
     Preserve,
-    certificate,
     compress,
     metric,
     solve,
     solve_layer,
     text_gram,
 )
+from concept_erasure.diffusion.reach import Certificate, certificate, certificate_by_layer
 from concept_erasure.errors import ErasureWarning, ShapeError, SpaceError
 from concept_erasure.linalg import LowRankAffine
 
@@ -466,3 +465,38 @@ def test_the_device_follows_the_input():
         metric(Preserve(D).update(preserved.cpu()), width=D, lam=LAM),
     )
     torch.testing.assert_close(edit.matrix.cpu(), other.matrix, atol=1e-10, rtol=1e-10)
+
+
+def test_certificate_by_layer_is_the_shared_one_where_all_layers_share():
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(10, 12, generator=generator, dtype=torch.float64) for _ in range(3)]
+    concepts, anchors = torch.randn(2, 4, 12, generator=generator, dtype=torch.float64)
+    held = metric(None, width=12, lam=1.0, invariants=anchors)
+    exact = Pairs(concepts, anchors, torch.full((4,), math.inf, dtype=torch.float64))
+    for pairs in (exact, Pairs(concepts, anchors, torch.ones(4, dtype=torch.float64))):
+        edit = solve(pairs, held)
+        edited = [edit.fold_reading(weight, None)[0] for weight in weights]
+        shared = certificate(text_gram(weights), edit, concepts, anchors)
+        layered = certificate_by_layer(
+            lambda e=edited: zip(weights, e, strict=True), concepts, anchors
+        )
+        torch.testing.assert_close(layered.rho, shared.rho, atol=1e-7, rtol=1e-7)
+        torch.testing.assert_close(layered.distance, shared.distance, atol=1e-6, rtol=1e-6)
+
+
+def test_certificate_by_layer_is_the_stacked_least_squares_value():
+    generator = torch.Generator().manual_seed(4)
+    layers = [
+        tuple(torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)) for _ in range(3)
+    ]
+    concepts, anchors = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
+    before, after = (torch.cat(parts) for parts in zip(*layers, strict=True))
+    found = certificate_by_layer(lambda: layers, concepts, anchors, names=("a", "b", "c"))
+    x = torch.linalg.lstsq(after, before @ concepts.T).solution
+    left = torch.linalg.vector_norm(after @ x - before @ concepts.T, dim=0)
+    way = torch.linalg.vector_norm((concepts - anchors) @ before.T, dim=1)
+    torch.testing.assert_close(found.rho, left / way)
+    with pytest.raises(ValueError, match="no layers"):
+        certificate_by_layer(list, concepts)
+    with pytest.raises(ShapeError):
+        certificate_by_layer(lambda: layers, concepts, anchors[:1])

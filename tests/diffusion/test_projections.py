@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from concept_erasure import LeaceEraser, MeanProjectionEraser
+from concept_erasure import (
+    InlpEraser,
+    LeaceEraser,
+    MeanProjectionEraser,
+    RepresentationEraser,
+    RlaceEraser,
+)
 from concept_erasure.diffusion.encode import TextEncoder, text_representations
 from concept_erasure.diffusion.maps import denoiser, text_encoders, text_maps
 from concept_erasure.diffusion.projections import without_offset
@@ -145,9 +151,10 @@ def test_a_fitted_projection_guards_what_it_was_fitted_on(kind: str, rule: str) 
         assert float(gap) < 1e-9 * float((reps.x[z].mean(0) - reps.x[~z].mean(0)).norm())
 
 
-def test_mean_projection_too() -> None:
+@pytest.mark.parametrize("kind", [MeanProjectionEraser, RlaceEraser, InlpEraser])
+def test_the_other_projections_too(kind: type[RepresentationEraser]) -> None:
     pipe = tiny_sd()
-    eraser = MeanProjectionEraser.fit(text_representations(pipe, POSITIVE, NEGATIVE))
+    eraser = kind.fit(text_representations(pipe, POSITIVE, NEGATIVE))  # type: ignore[attr-defined]
     with eraser.apply(pipe):
         want = latents(pipe, PROMPT)
     with eraser.apply(pipe, sites="cross_attention"):
