@@ -35,6 +35,13 @@ if TYPE_CHECKING:
         SiteNotFoundError,
         SpaceError,
     )
+    from concept_erasure.language.elm import ElmEraser
+    from concept_erasure.language.famr import FamrEraser
+    from concept_erasure.language.grad_ascent import GradAscentEraser
+    from concept_erasure.language.npo import NpoEraser
+    from concept_erasure.language.rmu import RmuEraser
+    from concept_erasure.language.simnpo import SimNpoEraser
+    from concept_erasure.language.whp import WhpEraser
     from concept_erasure.linalg import LowRankAffine, Moments, optimal_linear_shrinkage
     from concept_erasure.linear.groupby import GroupedTensor, groupby
     from concept_erasure.linear.inlp import InlpEraser
@@ -73,6 +80,13 @@ _PLACES = {
         "SiteNotFoundError",
         "SpaceError",
     ),
+    "language.elm": ("ElmEraser",),
+    "language.famr": ("FamrEraser",),
+    "language.grad_ascent": ("GradAscentEraser",),
+    "language.npo": ("NpoEraser",),
+    "language.rmu": ("RmuEraser",),
+    "language.simnpo": ("SimNpoEraser",),
+    "language.whp": ("WhpEraser",),
     "linalg": ("LowRankAffine", "Moments", "optimal_linear_shrinkage"),
     "linear.groupby": ("GroupedTensor", "groupby"),
     "linear.leace": ("ErasureMethod", "LeaceEraser", "LeaceFitter"),
@@ -100,10 +114,13 @@ __all__ = [
     "ConceptScrubber",
     "Edit",
     "EditError",
+    "ElmEraser",
     "Eraser",
     "ErasureMethod",
     "ErasureWarning",
+    "FamrEraser",
     "FormatError",
+    "GradAscentEraser",
     "GroupedTensor",
     "InlpEraser",
     "LeaceEraser",
@@ -115,6 +132,7 @@ __all__ = [
     "ModelEraser",
     "Moments",
     "NotFittedError",
+    "NpoEraser",
     "OracleEraser",
     "OracleFitter",
     "QuadraticEditor",
@@ -127,9 +145,11 @@ __all__ = [
     "RepresentationEraser",
     "Representations",
     "RlaceEraser",
+    "RmuEraser",
     "SalEraser",
     "SalFitter",
     "ShapeError",
+    "SimNpoEraser",
     "Site",
     "SiteNotFoundError",
     "Space",
@@ -139,6 +159,7 @@ __all__ = [
     "TraceEraser",
     "TrceEraser",
     "UceEraser",
+    "WhpEraser",
     "__version__",
     "assert_type",
     "cdf",

@@ -1,7 +1,9 @@
 """Command line: ``concept-erasure list | fit | apply | eval | compare | card | demo``.
 
 This module only starts the program: it turns every expected error into one line on standard error
-and exit code 2. The commands are in ``_commands.py``, reading files is in ``_cli_data.py``.
+and exit code 2. The commands and their options are in ``_commands.py``, what they do is in
+``_commands_vectors.py``, ``_commands_language.py`` and ``_commands_pipe.py``, reading files is in
+``_cli_data.py``.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def _one_line(error: BaseException) -> str:
 def _for_shell(text: str) -> str:
     """Return a message of the library on one line, with options as they are typed in a shell."""
     text = re.sub(r"(?:\b\w+\()?\b([a-z]\w*)=('?)([\w.]+)\2\)?", _typed, text)
+    text = re.sub(r"^([a-z]\w*)(?= must be )", _named, text)
     text = re.sub(r"\b(attach\(\)|with_space\(None\))(?! from Python)", r"\1 from Python", text)
     return " ".join(text.split())
 
@@ -89,6 +92,13 @@ def _typed(match: re.Match[str]) -> str:
 
     name, _, value = match.groups()
     return f"--{name.replace('_', '-')} {value}" if name in OPTIONS else match.group()
+
+
+def _named(match: re.Match[str]) -> str:
+    from concept_erasure._commands import OPTIONS
+
+    name = match.group()
+    return f"--{name.replace('_', '-')}" if name in OPTIONS else name
 
 
 def _show_warning(

@@ -9,16 +9,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from concept_erasure.errors import FormatError
 
 if TYPE_CHECKING:
     from concept_erasure.eraser import Eraser
+    from concept_erasure.registry import Method
 
-__all__ = ["Cell", "Interval", "Report", "erasure_card", "format_cell"]
+__all__ = [
+    "LANGUAGE_TESTS",
+    "Cell",
+    "Interval",
+    "Report",
+    "erasure_card",
+    "format_cell",
+    "with_evaluation",
+]
+
+E = TypeVar("E", bound="Eraser")
 
 FORMAT_VERSION = 1
 
@@ -329,23 +340,62 @@ NOT_TRIED = (
     "the weights. A concept that no linear probe reads may still be known to the model."
 )
 
+LANGUAGE_TESTS: dict[str, str] = {
+    "concept": "questions about the concept (cloze, whole answer, letter, backwards)",
+    "specificity": "near neighbours, far controls, and the divergence on neutral text",
+    "leak": "sampling answers (leak rate)",
+    "fluency": "fluency of what the model writes about the concept (reverse perplexity)",
+    "probes": "probes of every layer",
+    "relearn": "relearning by fine-tuning, on texts of the concept and on unrelated ones",
+    "soft_prompt": "a trained soft prompt (white box)",
+    "gcg": "GCG suffixes (white box)",
+    "beast": "BEAST suffixes",
+    "ablation": "directional ablation (white box)",
+    "quantise": "quantisation to 8 and 4 bits",
+    "rewording": "few-shot prompts and rewordings",
+    "harness": "public benchmarks (lm-eval)",
+    "languages": "other languages",
+    "tools": "long contexts, retrieval and tools that bring the concept back in",
+    "full": "full fine-tuning and training from a merged checkpoint",
+}
+"""What an erasure from a language model may be tested with, in words; `concept_erasure.evals.language` runs most."""
 
-def erasure_card(eraser: Eraser) -> str:
-    """Return the Markdown card of an eraser: what was fitted and measured, what was not tried.
+_LANGUAGE_USE = (
+    "- Intended: to study what a model does without a concept, and to lower how readily it is expressed.\n"
+    "- Not intended: to correct facts (nothing new is written; use retrieval with attribution for that), to meet a "
+    "legal duty to delete, or to keep a hazard from people who have the weights (use access control).\n"
+    "- The edit is a file beside the model and can be undone; merged weights no longer tell what was changed, so keep "
+    "this card with them."
+)
+
+
+def with_evaluation(eraser: E, evaluation: Report) -> E:
+    """Return the eraser with an evaluation in its record, so that its card shows it and saving keeps it.
 
     Args:
         eraser: Any fitted eraser.
+        evaluation: What `concept_erasure.evals.language.evaluate` returned; its sections are left out.
+    """
+    meta = {**evaluation.meta, "columns": list(evaluation.columns)}  # files sort the keys of a row
+    kept = Report(evaluation.title, evaluation.rows, meta, evaluation.notes)
+    return eraser._same_as(replace(eraser, report={**eraser.report, "evaluation": kept.to_dict()}))
+
+
+def erasure_card(eraser: Eraser, evaluation: Report | None = None) -> str:
+    """Return the Markdown card of an eraser: what was fitted and measured, what was not tried.
+
+    The card of an eraser for language models lists the tests by name: those that were run, with their budgets, and
+    those that were not.
+
+    Args:
+        eraser: Any fitted eraser.
+        evaluation: What `concept_erasure.evals.language.evaluate` returned; default: what `with_evaluation` put
+            into the eraser's record.
 
     Returns:
         The text, beginning with the header that the Hugging Face hub reads.
     """
-    from concept_erasure import registry
-
-    try:
-        entry = registry.get(eraser.method)
-    except KeyError:
-        entry = None
-    space = eraser.space
+    entry = _entry(eraser)
     header = [
         "---",
         "library_name: deconcept",
@@ -354,6 +404,46 @@ def erasure_card(eraser: Eraser) -> str:
         f"- {eraser.method}",
         "---",
     ]
+    promised = [
+        f"- {name.replace('_', ' ')}: {text}"
+        for name, text in ({} if entry is None else _promises(entry)).items()
+    ]
+    language = entry is not None and entry.family == "language"
+    held = {key: value for key, value in eraser.report.items() if key not in _LONG}
+    sections = {
+        "Fitted": _lines(_fitted(eraser, entry)),
+        "Options": _lines(asdict(eraser.config)),
+        "Guarantees on the data of the fit": "\n".join(promised),
+        "Measured": _lines(held),
+        **(_language_sections(eraser, evaluation) if language else {"Not tried": NOT_TRIED}),
+        "Use": "```python\nfrom concept_erasure import Eraser\n\n"
+        'eraser = Eraser.from_pretrained("path/to/this/folder")\n```',
+    }
+    body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
+    return "\n".join(header) + f"\n\n# Eraser: {eraser.method}\n\n" + "\n\n".join(body) + "\n"
+
+
+_LONG = ("history", "evaluation")  # of a record: not for a list
+
+
+def _entry(eraser: Eraser) -> Method | None:
+    from concept_erasure import registry
+
+    try:
+        return registry.get(eraser.method)
+    except KeyError:
+        return None
+
+
+def _promises(entry: Method) -> dict[str, str]:
+    from concept_erasure.registry import GUARANTEES
+
+    return {name: GUARANTEES.get(name, "") for name in sorted(entry.guarantees)}
+
+
+def _fitted(eraser: Eraser, entry: Method | None) -> dict[str, object]:
+    """Return what was fitted, and on what."""
+    space = eraser.space
     fitted: dict[str, object] = {"method": eraser.method}
     if entry is not None:
         fitted |= {"what it does": entry.summary, "paper": entry.paper}
@@ -367,27 +457,48 @@ def erasure_card(eraser: Eraser) -> str:
             "tokens": space.tokens,
             "width": space.width,
         }
-    fitted["tensors"] = [f"{name} {list(t.shape)}" for name, t in eraser.tensors().items()]
-    options = asdict(eraser.config)
-    promised = (
-        []
-        if entry is None
-        else [
-            f"{name.replace('_', ' ')}: {registry.GUARANTEES.get(name, '')}"
-            for name in sorted(entry.guarantees)
-        ]
-    )
-    sections = {
-        "Fitted": _lines(fitted),
-        "Options": _lines(options),
-        "Guarantees on the data of the fit": "\n".join(f"- {line}" for line in promised),
-        "Measured": _lines(eraser.report),
-        "Not tried": NOT_TRIED,
-        "Use": "```python\nfrom concept_erasure import Eraser\n\n"
-        'eraser = Eraser.from_pretrained("path/to/this/folder")\n```',
-    }
-    body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
-    return "\n".join(header) + f"\n\n# Eraser: {eraser.method}\n\n" + "\n\n".join(body) + "\n"
+    tensors = eraser.tensors()
+    fitted["tensors"] = [f"{name} {list(t.shape)}" for name, t in tensors.items()]
+    if len(tensors) > _MANY:
+        numbers = sum(tensor.numel() for tensor in tensors.values())
+        fitted["tensors"] = f"{len(tensors)}, {numbers:,} numbers"
+    return fitted
+
+
+_MANY = 8  # tensors that are listed one by one
+
+
+def _held_evaluation(eraser: Eraser) -> Report | None:
+    """Return what `with_evaluation` put into the record."""
+    held = eraser.report.get("evaluation")
+    if not isinstance(held, Mapping):
+        return None
+    found = Report.from_dict(held)
+    columns = [str(name) for name in _list(found.meta, "columns")]
+    rows = [{name: row[name] for name in columns if name in row} for row in found.rows]
+    return replace(found, rows=rows)
+
+
+def _language_sections(eraser: Eraser, evaluation: Report | None) -> dict[str, str]:
+    """Return what was tried and what was not, test by test."""
+    evaluation = evaluation or _held_evaluation(eraser)
+    found = {} if evaluation is None else evaluation.meta.get("tried", {})
+    tried = {str(k): str(v) for k, v in found.items()} if isinstance(found, Mapping) else {}
+    missing = [f"- {words}" for name, words in LANGUAGE_TESTS.items() if name not in tried]
+    made = {"Evaluated": "Nothing was evaluated after the fit."}
+    if evaluation is not None:
+        notes = "\n".join(
+            f"- {note}" for note in evaluation.notes if not note.startswith("Not tried")
+        )
+        made["Evaluated"] = "\n\n".join(part for part in (evaluation.to_table(), notes) if part)
+        budgets = {LANGUAGE_TESTS.get(name, name): words for name, words in tried.items()}
+        made["Tried, with budgets"] = _lines(budgets)
+        curves = evaluation.meta.get("curves")
+        if isinstance(curves, Mapping) and curves:
+            made["Relearning curves"] = _lines(curves)
+    made["Not tried"] = "\n".join(missing)
+    made["Intended use"] = _LANGUAGE_USE
+    return made
 
 
 def _lines(record: Mapping[str, object]) -> str:

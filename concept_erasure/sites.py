@@ -688,7 +688,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _fetch(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Return vectors on the CPU in float32, in their order; one transfer a device."""
+    """Return vectors on the CPU in float32, in their order; one transfer a device. Sharded ones are gathered."""
+    pieces = [piece.full_tensor() if hasattr(piece, "full_tensor") else piece for piece in pieces]
     by_device: dict[torch.device, list[int]] = {}
     for i, piece in enumerate(pieces):
         by_device.setdefault(piece.device, []).append(i)

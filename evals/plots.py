@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from concept_erasure.probes import ProbeResult
 
-__all__ = ["concept_plane", "plot_accuracy", "plot_layers", "plot_planes", "plot_tradeoff"]
+__all__ = [
+    "concept_plane",
+    "plot_accuracy",
+    "plot_layers",
+    "plot_planes",
+    "plot_points",
+    "plot_tradeoff",
+]
 
 _COLORS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057")
 _MARKERS = ("o", "s", "^", "D")
@@ -269,6 +276,70 @@ def plot_tradeoff(
     panels[-1].legend(frameon=False, fontsize="small")
     figure.suptitle(title)
     return _write(figure, path)
+
+
+def plot_points(
+    panels: Mapping[str, Mapping[str, tuple[float | Interval, float | Interval]]],
+    path: str | Path,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    guide: float | None = None,
+) -> Path:
+    """Draw one point a method in each panel, with intervals where there are any.
+
+    Args:
+        panels: Title of the panel to method to its place ``(x, y)``.
+        path: Where the picture goes; the ending says the format.
+        x_label: What x is.
+        y_label: What y is.
+        title: Heading.
+        guide: Height of a grey line, such as chance.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If there is nothing to draw.
+    """
+    methods = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    if not methods:
+        raise ValueError("there is nothing to draw; measure at least one method")
+    figure = _figure(1.4 + 3.6 * len(panels), 4.2)
+    axes = figure.subplots(1, len(panels), sharex=True, squeeze=False, sharey=True)[0]
+    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
+        if guide is not None:
+            axis.axhline(guide, color="grey", linewidth=1, linestyle=":")
+        for method, (x, y) in rows.items():
+            place = methods.index(method)
+            axis.errorbar(
+                [_middle(x)],
+                [_middle(y)],
+                xerr=_reach(x),
+                yerr=_reach(y),
+                fmt=_MARKERS[place // len(_COLORS) % len(_MARKERS)],
+                color=_COLORS[place % len(_COLORS)],
+                capsize=3,
+                label=method,
+            )
+        axis.set_title(name)
+        axis.set_xlabel(x_label)
+    axes[0].set_ylabel(y_label)
+    axes[-1].legend(frameon=False, fontsize="small")
+    figure.suptitle(title)
+    return _write(figure, path)
+
+
+def _middle(value: float | Interval) -> float:
+    return value.value if isinstance(value, Interval) else value
+
+
+def _reach(value: float | Interval) -> list[list[float]] | None:
+    if not isinstance(value, Interval):
+        return None
+    return [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
 
 
 def _write(figure: Figure, path: str | Path) -> Path:

@@ -1,0 +1,482 @@
+"""Several methods on one concept in one language model: fit, evaluate, attack; one row a method, finished rows kept.
+
+Every row is a file of its own in a folder, keyed by the model's weights, the concept, the method, its options and the
+protocol; a study that was interrupted, or is given one more method, does only what is missing. Fits keep their
+checkpoints there too and go on from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from concept_erasure import registry
+from concept_erasure._fit_options import fit_options
+from concept_erasure._storage import library_version
+from concept_erasure.concept import Concept
+from concept_erasure.eraser import Eraser
+from concept_erasure.errors import ConceptErasureError
+from concept_erasure.evals.language._identity import identify
+from concept_erasure.evals.language.likelihood import TokenizerLike
+from concept_erasure.probes import wilson_interval
+from concept_erasure.report import Cell, Interval, Report
+
+__all__ = ["Protocol", "Row", "Study", "Trial", "plot_study", "study_report"]
+
+FORMAT = 1  # of the row files
+BASELINE = "no edit"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A method with options.
+
+    Attributes:
+        method: Name in the registry.
+        options: Of its fit, among them those of the loop (``steps``) and of the update (``lora.rank``).
+        seed: Of the training.
+        name: In tables; default the method's name, with the seed if it is not 0.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the row is called."""
+        return self.name or (f"{self.method}, seed {self.seed}" if self.seed else self.method)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What every row is put through; see `evals.language.evaluate`.
+
+    Attributes:
+        suite: Readings, attacks and tasks of lm-eval.
+        budgets: Suite to its own options.
+        limit: Items of each kind at most.
+        seed: Of everything the evaluation draws.
+        batch_size: Prompts a forward pass.
+    """
+
+    suite: tuple[str, ...] = ("concept", "specificity", "relearn")
+    budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of one trial.
+
+    Attributes:
+        trial: The trial.
+        status: ``"measured"``, or why it was not.
+        report: Of the evaluation; None if it was not measured.
+        fit: What the fit reported.
+        seconds: Of fit and evaluation, when they were run.
+        code: Hash of the code of methods and evaluations that made it.
+        cached: Whether it was read from a file.
+    """
+
+    trial: Trial
+    status: str = "measured"
+    report: Report | None = None
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    code: str = ""
+    cached: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was measured."""
+        return self.report is not None
+
+    def summary(self, model: str = "edited") -> Mapping[str, Cell]:
+        """Return the line of the evaluation's main table for a model: ``no edit``, ``instruction`` or ``edited``."""
+        rows = () if self.report is None else self.report.rows
+        return next((row for row in rows if row.get("model") == model), {})
+
+    def section(self, title: str) -> Sequence[Mapping[str, Cell]]:
+        """Return the rows of the section whose title begins so; none if there is none."""
+        sections = () if self.report is None else self.report.sections
+        return next((one.rows for one in sections if one.title.startswith(title)), ())
+
+    def kept(self, model: str = "edited") -> Interval | None:
+        """Return the cloze accuracy on near and far items together."""
+        right = count = 0
+        for kind in ("near", "far"):
+            found = [
+                row
+                for row in self.section("What has to stay")
+                if str(row["set"]).startswith(f"{kind}: ")
+                and (row["format"], row["model"]) == ("cloze", model)
+            ]
+            if found:  # the whole kind is the row with the most items
+                whole = max(found, key=lambda row: int(cast("int", row["items"])))
+                items = int(cast("int", whole["items"]))
+                right += round(cast("Interval", whole["accuracy"]).value * items)
+                count += items
+        if not count:
+            return None
+        low, high = wilson_interval(right, count)
+        return Interval(right / count, min(low, right / count), max(high, right / count))
+
+    @property
+    def curves(self) -> Mapping[str, tuple[Sequence[int], Sequence[float]]]:
+        """Relearning curves by name: steps and accuracies."""
+        held = {} if self.report is None else self.report.meta.get("curves", {})
+        return {k: (v["steps"], v["accuracy"]) for k, v in cast("dict[str, Any]", held).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for json."""
+        report = None if self.report is None else self.report.to_dict()
+        return {**asdict(replace(self, report=None)), "report": report}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """Return the row written by `to_dict`."""
+        report = None if values["report"] is None else Report.from_dict(values["report"])
+        held = {**values, "trial": Trial(**values["trial"]), "report": report}
+        return cls(**held)
+
+
+class Study:
+    """Methods on one concept in one model.
+
+    Args:
+        model: A causal language model without edits; bit-identical after every row.
+        tokenizer: Its tokenizer.
+        concept: What is erased.
+        folder: For finished rows, erasers, checkpoints, texts and readings.
+        protocol: What each row is put through.
+        reference: Another model and its tokenizer, to judge generated texts.
+        data_dir: Folder with local files for lm-eval's tasks.
+        progress: Whether fits and evaluations show bars.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerLike,
+        concept: Concept,
+        *,
+        folder: str | Path,
+        protocol: Protocol | None = None,
+        reference: tuple[nn.Module, TokenizerLike] | None = None,
+        data_dir: str | Path | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.concept = model, tokenizer, concept
+        self.folder, self.protocol = Path(folder), protocol or Protocol()
+        self.reference, self.data_dir, self.progress = reference, data_dir, progress
+
+    @cached_property
+    def _model(self) -> list[str]:
+        name = str(getattr(self.tokenizer, "name_or_path", ""))
+        return [identify(self.model).weights, name, _hash(self.concept.to_dict())]
+
+    def run(
+        self, trials: Iterable[Trial], *, extra: Mapping[str, Sequence[str]] | None = None
+    ) -> list[Row]:
+        """Return one row a trial; one that refuses the data is listed with its reason, and the study goes on.
+
+        Args:
+            trials: What to fit; seeds are part of them.
+            extra: Label of a trial to more suites for it alone.
+        """
+        rows = []
+        for trial in trials:
+            more = tuple((extra or {}).get(trial.label, ()))
+            protocol = replace(self.protocol, suite=(*self.protocol.suite, *more))
+            rows.append(self.row(trial, protocol))
+        return rows
+
+    def row(self, trial: Trial, protocol: Protocol | None = None) -> Row:
+        """Return a trial's row, from its file or made now.
+
+        Raises:
+            KeyError: If the method is unknown.
+            ValueError: If it is of another family, or has no such option.
+        """
+        protocol = protocol or self.protocol
+        kind, options = self._options(trial)
+        path = self.folder / "rows" / f"{trial.method}-{self._key(trial, protocol)}.json"
+        held = _read(path)
+        if held is not None:
+            logger.info("%s: finished before (%s)", trial.label, path.name)
+            return replace(held, trial=trial, cached=True)
+        try:
+            row = self._make(trial, protocol, kind, options)
+        except (ConceptErasureError, ValueError) as error:
+            logger.warning("%s: failed: %s", trial.label, error)
+            return Row(
+                trial=trial, status=f"failed: {' '.join(str(error).split())}", code=code_hash()
+            )
+        _write(path, row)
+        return row
+
+    def _options(self, trial: Trial) -> tuple[type[Any], dict[str, Any]]:
+        entry = registry.get(trial.method)
+        if entry.family != "language":
+            raise ValueError(
+                f"{trial.method!r} is of the family {entry.family!r}; a study of a concept takes methods for language "
+                "models"
+            )
+        kind: type[Any] = entry.load()
+        named = {**trial.options, "training.seed": trial.seed, "training.progress": self.progress}
+        named["training.checkpoint"] = str(self.folder / "checkpoints" / self._fit_key(trial))
+        if "cache_dir" in _parameters(kind):
+            named["cache_dir"] = str(self.folder / "texts")
+        return kind, {**entry.options, **fit_options(trial.method, kind, named)}
+
+    def _fit_key(self, trial: Trial) -> str:
+        return _hash(
+            [FORMAT, library_version(), *self._model, trial.method, dict(trial.options), trial.seed]
+        )
+
+    def _key(self, trial: Trial, protocol: Protocol) -> str:
+        judge = None if self.reference is None else identify(self.reference[0]).weights
+        return _hash([self._fit_key(trial), asdict(protocol), judge, str(self.data_dir or "")])
+
+    def _make(
+        self, trial: Trial, protocol: Protocol, kind: type[Any], options: Mapping[str, Any]
+    ) -> Row:
+        from concept_erasure.evals.language.evaluate import evaluate
+
+        start = time.perf_counter()
+        eraser = self._eraser(trial, kind, options)
+        fitted = time.perf_counter()
+        logger.info("%s: fitted in %.0f s", trial.label, fitted - start)
+        report = evaluate(
+            self.model,
+            self.tokenizer,
+            self.concept,
+            eraser=eraser,
+            suite=protocol.suite,
+            budgets=protocol.budgets,
+            reference=self.reference,
+            seed=protocol.seed,
+            batch_size=protocol.batch_size,
+            limit=protocol.limit,
+            cache_dir=self.folder / "readings",
+            data_dir=self.data_dir,
+            progress=None if self.progress else False,
+        )
+        done = time.perf_counter()
+        logger.info("%s: evaluated in %.0f s", trial.label, done - fitted)
+        fit = {name: value for name, value in eraser.report.items() if name != "history"}
+        took = float(cast("Any", fit.get("seconds", fitted - start)))
+        seconds = {"fit": took, "evaluation": done - fitted}
+        return Row(trial=trial, report=report, fit=fit, seconds=seconds, code=code_hash())
+
+    def eraser(self, trial: Trial) -> Any:  # noqa: ANN401 - an eraser of whatever method
+        """Return a trial's fitted eraser, from its folder if it was fitted before."""
+        return self._eraser(trial, *self._options(trial))
+
+    def _eraser(self, trial: Trial, kind: type[Any], options: Mapping[str, Any]) -> Any:  # noqa: ANN401
+        folder = self.folder / "erasers" / f"{trial.method}-{self._fit_key(trial)}"
+        if folder.is_dir():
+            return Eraser.from_pretrained(folder)
+        eraser = kind.fit(self.model, self.tokenizer, self.concept, **options)
+        eraser.save_pretrained(folder)
+        shutil.rmtree(self.folder / "checkpoints" / self._fit_key(trial), ignore_errors=True)
+        return eraser
+
+
+def _parameters(kind: type[Any]) -> Mapping[str, object]:
+    import inspect
+
+    return inspect.signature(kind.fit).parameters
+
+
+def _hash(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_hash() -> str:
+    """Return a short hash of the code of methods and evaluations, to tell rows of different states apart."""
+    package = Path(__file__).resolve().parent
+    root = Path(str(registry.__file__)).resolve().parent
+    digest = hashlib.sha256()
+    for folder in (root / "language", package / "language"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _read(path: Path) -> Row | None:
+    try:
+        return Row.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning("%s is not a finished row (%s): made again", path.name, error)
+        return None
+
+
+def _write(path: Path, row: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(row.to_dict(), default=str), encoding="utf-8")
+    partial.replace(path)
+
+
+# -- table and picture ------------------------------------------------------------------------------
+
+
+def study_report(
+    rows: Sequence[Row],
+    *,
+    title: str,
+    meta: Mapping[str, object] | None = None,
+    cells: Callable[[Row, Mapping[str, Cell]], Mapping[str, Cell]] | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Return one table: the baselines, then a row a trial, with what relearning and the soft prompt brought back.
+
+    Args:
+        rows: Of one study.
+        title: Heading.
+        meta: How the numbers came about.
+        cells: More columns: of a row and the summary without edit.
+        notes: More sentences.
+    """
+    done = [row for row in rows if row.ok]
+    table: list[dict[str, Cell]] = []
+    base: Mapping[str, Cell] = done[0].summary(BASELINE) if done else {}
+    for name in (BASELINE, "instruction"):
+        if done and (found := done[0].summary(name)):
+            table.append({"method": name, **_main(found, base), "kept": done[0].kept(name)})
+    for row in rows:
+        line: dict[str, Cell] = {"method": row.trial.label}
+        if row.ok:
+            line |= {**_main(row.summary(), base), "kept": row.kept()}
+            line |= {**_attacks(row), "fit, s": row.seconds.get("fit")}
+            line |= dict(cells(row, base)) if cells else {}
+        table.append({**line, "status": row.status.partition(":")[0]})
+    lines = [
+        "Concept, near and far are accuracies of completing statements out of four (guessing 0.25), kept is near and "
+        "far together; nats is the change of the log-probability of the right answer. Brackets are 95 % intervals over "
+        "items.",
+        *notes,
+    ]
+    lines += [f"{row.trial.label}: {row.status}." for row in rows if not row.ok]
+    lines += [
+        f"{row.trial.label}: {row.report.notes[0]}"
+        for row in done
+        if row.report and row.report.notes
+    ]
+    codes = sorted({row.code for row in done})
+    if len(codes) > 1:
+        lines.append(f"Rows were made by {len(codes)} states of the code: {', '.join(codes)}.")
+    record = {
+        "options": {row.trial.label: dict(row.trial.options) for row in rows if row.trial.options},
+        "code": codes,
+        "tried": done[0].report.meta.get("tried", {}) if done and done[0].report else {},
+        **(meta or {}),
+    }
+    return Report(title, table, record, lines)
+
+
+def _main(found: Mapping[str, Cell], base: Mapping[str, Cell]) -> dict[str, Cell]:
+    """Return the columns that every model has."""
+    before, after = (one.get("log-probability of the answer") for one in (base, found))
+    cells: dict[str, Cell] = {"concept": found.get("concept, cloze")}
+    if isinstance(before, Interval) and isinstance(after, Interval):
+        cells["nats"] = after.value - before.value
+    cells |= {key: found[key] for key in ("near", "far") if key in found}
+    names = {
+        "KL on neutral text": "KL, neutral",
+        "reverse perplexity": "reverse ppl",
+        "distinct-2": "distinct-2",
+        "prompts with a leak": "leaks",
+    }
+    return cells | {short: found[key] for key, short in names.items() if key in found}
+
+
+def _attacks(row: Row) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for line in row.section("Attack: relearn"):
+        name = str(line["relearning on"])
+        cells[f"relearnt, {name}"] = line["accuracy, highest"]
+        cells[f"half-life, {name}"] = line["half-life"]
+    for line in row.section("Attack: soft_prompt"):
+        cells["soft prompt"] = line["test accuracy"]
+    return cells
+
+
+def plot_study(rows: Sequence[Row], path: str | Path, *, title: str = "") -> Path:
+    """Draw concept accuracy against kept accuracy, and beside it the relearning curves, in one picture.
+
+    Args:
+        rows: Of one study.
+        path: Where the picture goes; the ending says the format.
+        title: Heading.
+
+    Raises:
+        ImportError: If matplotlib is absent.
+        ValueError: If no row was measured.
+    """
+    from concept_erasure.evals.plots import _COLORS, _MARKERS, _figure
+    from concept_erasure.evals.plots import _write as write
+
+    done = [row for row in rows if row.ok]
+    if not done:
+        raise ValueError("there is nothing to draw; no method was measured")
+    figure = _figure(11.5, 4.8)
+    left, right = figure.subplots(1, 2)
+    points = [
+        (name, done[0].kept(name), done[0].summary(name)) for name in (BASELINE, "instruction")
+    ]
+    points += [(row.trial.label, row.kept(), row.summary()) for row in done]
+    for place, (name, kept, summary) in enumerate(points):
+        concept = summary.get("concept, cloze")
+        if kept is None or not isinstance(concept, Interval):
+            continue
+        style: dict[str, Any] = {
+            "color": "black" if place < 2 else _COLORS[(place - 2) % len(_COLORS)],
+            "fmt": _MARKERS[(place if place < 2 else (place - 2) // len(_COLORS)) % len(_MARKERS)],
+        }
+        left.errorbar(
+            [kept.value], [concept.value], xerr=_reach(kept), yerr=_reach(concept), capsize=2, label=name, **style
+        )  # fmt: skip
+    for place, row in enumerate(done):
+        for k, (name, (steps, accuracy)) in enumerate(row.curves.items()):
+            right.plot(
+                steps,
+                accuracy,
+                color=_COLORS[place % len(_COLORS)],
+                linestyle=("-", "--", ":", "-.")[k % 4],
+                marker=_MARKERS[place // len(_COLORS) % len(_MARKERS)],
+                markersize=3,
+                label=f"{row.trial.label}: {name}",
+            )
+    for axis in (left, right):
+        axis.axhline(0.25, color="grey", linewidth=1, linestyle=":")
+    left.set(xlabel="accuracy on near and far items (kept)", ylabel="accuracy on the concept")
+    right.set(xlabel="steps of relearning", ylabel="accuracy on the concept")
+    for axis in (left, right):
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize="x-small")
+    figure.suptitle(title)
+    return write(figure, path)
+
+
+def _reach(value: Interval) -> list[list[float]]:
+    return [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
