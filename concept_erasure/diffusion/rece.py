@@ -1,6 +1,6 @@
 """RECE: find the embedding that still brings a concept back, erase it too, and again.
 
-After an edit ``W' = W M`` of all layers, the embedding that best restores a concept's outputs, kept short by r, is
+After an edit ``W' = W M`` of all layers, the embedding that best restores a concept's outputs, kept short by r, is::
 
     c_adv = argmin_x sum_l |W'_l x - W_l c|^2 + r |x|^2 = (r I + M^T H M)^-1 M^T H c,        H = sum_l W_l^T W_l,
 
