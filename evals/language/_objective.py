@@ -73,7 +73,7 @@ class Objective:
         self.cases = [self._case(*one) for one in zip(prompts, afters, targets, strict=True)]
 
     def _case(self, prompt: str, after: str, target: str) -> _Case:
-        lead = opening_ids(self.tokenizer)
+        lead = opening_ids(self.tokenizer, self.model)
         before, behind, wanted = token_ids(self.tokenizer, [prompt, after, target])
         if not wanted:
             raise ValueError(f"the target {target!r} has no tokens")

@@ -107,13 +107,13 @@ def prompted_tokenizer(model: nn.Module, tokenizer: TokenizerLike, count: int) -
         tokenizer: Its tokenizer.
         count: Virtual tokens.
     """
-    return _Prompted(tokenizer, len(cast("Any", model).get_input_embeddings().weight), count)
+    size = len(cast("Any", model).get_input_embeddings().weight)
+    return _Prompted(tokenizer, [*opening_ids(tokenizer, model), *range(size, size + count)])
 
 
 class _Prompted:
-    def __init__(self, tokenizer: TokenizerLike, size: int, count: int) -> None:
-        self._tokenizer = tokenizer
-        self._opening = [*opening_ids(tokenizer), *range(size, size + count)]
+    def __init__(self, tokenizer: TokenizerLike, opening: list[int]) -> None:
+        self._tokenizer, self._opening = tokenizer, opening
 
     def __call__(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> Any:  # noqa: ANN401
         start = self._opening if add_special_tokens else []
