@@ -82,6 +82,11 @@ class Curve:
         return next((step for step, b in zip(self.steps, back, strict=True) if b >= half), None)
 
     @property
+    def resolved(self) -> bool:
+        """Whether the loss is larger than the items can tell: the base lies above the edited model's interval."""
+        return self.base_accuracy is not None and self.base_accuracy > self.intervals[0].high
+
+    @property
     def note(self) -> str:
         """What the half-life is, in words."""
         if self.base_accuracy is None:
@@ -91,9 +96,16 @@ class Curve:
                 f"nothing was lost: the edited model has {self.erased_accuracy:.3f}, the original "
                 f"{self.base_accuracy:.3f}"
             )
+        doubt = (
+            ""
+            if self.resolved
+            else f"; the loss is within the interval of {self.items} items, so this is noise"
+        )
         if self.half_life is None:
-            return f"never half recovered within {self.steps[-1]} steps (at most {max(self.recovery):.0%})"
-        return f"half recovered after {self.half_life} steps, measured at {len(self.steps)} of {self.steps[-1]}"
+            most = max(self.recovery)
+            return f"never half recovered within {self.steps[-1]} steps (at most {most:.0%}){doubt}"
+        count = len(self.steps)
+        return f"half recovered after {self.half_life} steps, measured {count} times in {self.steps[-1]}{doubt}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record in plain values, ready for the record of a `Report`; `row` is a line of a table."""

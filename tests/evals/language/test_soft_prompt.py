@@ -9,7 +9,7 @@ import torch
 
 from concept_erasure.concept_items import Item
 from concept_erasure.errors import ShapeError
-from concept_erasure.evals.language.items import item_scores
+from concept_erasure.evals.language.items import item_scores, opening_ids
 from concept_erasure.evals.language.soft_prompt import (
     halves,
     prompted,
@@ -62,10 +62,11 @@ def test_virtual_tokens_with_the_embeddings_of_words_are_these_words(kind: str) 
     items = [replace(item, stem=f"thing {i} is ___") for i, item in enumerate(ITEMS[:6])]
     words = plain.encode("once upon some time")
     rows = model.get_input_embeddings()(torch.tensor([words]))[0].detach()
+    start = opening_ids(plain, model)  # a Gemma's BOS, which this tokenizer does not add
 
     class Opened(TinyTokenizer):
         def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-            return (words if add_special_tokens else []) + super().encode(text)
+            return ([*start, *words] if add_special_tokens else []) + super().encode(text)
 
     expected = item_scores(model, Opened(), items)
     with prompted(model, rows):
