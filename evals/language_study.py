@@ -7,14 +7,16 @@ checkpoints there too and go on from them.
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import json
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -245,9 +247,10 @@ class Study:
         return kind, {**entry.options, **fit_options(trial.method, kind, named)}
 
     def _fit_key(self, trial: Trial) -> str:
-        return _hash(
-            [FORMAT, library_version(), *self._model, trial.method, dict(trial.options), trial.seed]
-        )
+        # the method's code is part of it: with other defaults the same options are another fit
+        code = method_code(registry.get(trial.method).load().__module__)
+        what = [trial.method, dict(trial.options), trial.seed, code]
+        return _hash([FORMAT, library_version(), *self._model, *what])
 
     def _key(self, trial: Trial, protocol: Protocol) -> str:
         judge = None if self.reference is None else identify(self.reference[0]).weights
@@ -309,6 +312,7 @@ def _hash(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@lru_cache(maxsize=1)
 def code_hash() -> str:
     """Return a short hash of the code of methods and evaluations, to tell rows of different states apart."""
     package = Path(__file__).resolve().parent
@@ -318,6 +322,41 @@ def code_hash() -> str:
         for path in sorted(folder.glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@lru_cache(maxsize=64)
+def method_code(module: str) -> str:
+    """Return a short hash of a method's module and of all that it imports from the same package.
+
+    Comments, docstrings and layout do not count.
+
+    Args:
+        module: Full name, such as ``concept_erasure.language.npo``.
+    """
+    found: dict[str, str] = {}
+    package, waiting = module.rpartition(".")[0], [module]
+    while waiting:
+        name = waiting.pop()
+        spec = None if name in found else importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        found[name] = _meaning(Path(spec.origin))
+        for node in ast.walk(ast.parse(found[name])):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+                waiting.append(str(node.module))
+    return _hash(found)
+
+
+def _meaning(path: Path) -> str:
+    """Return a module's code without comments and docstrings, laid out in one way."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                body[0] = ast.copy_location(ast.Pass(), body[0])
+    return ast.unparse(tree)
 
 
 def _read(path: Path) -> Row | None:
@@ -383,8 +422,12 @@ def study_report(
         if row.report and row.report.notes
     ]
     codes = sorted({row.code for row in done})
-    if len(codes) > 1:
-        lines.append(f"Rows were made by {len(codes)} states of the code: {', '.join(codes)}.")
+    if codes and codes != [now := code_hash()]:
+        old = [row.trial.label for row in done if row.code != now]
+        lines.append(
+            f"Measured before the code came to its state of now ({now}): {', '.join(old)}. What these methods do has "
+            "not changed since."
+        )
     record = {
         "options": {row.trial.label: dict(row.trial.options) for row in rows if row.trial.options},
         "code": codes,

@@ -25,10 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::concept_erasure.errors.ErasureW
 
 QUICK = {"steps": 2, "batch_size": 2}
 RELEARN = {"steps": 2, "every": 1, "shares": (0.1,), "counts": (), "rates": (1e-3,)}
-PROTOCOL = Protocol(
-    suite=("concept", "specificity", "relearn", "soft_prompt"),
+PROTOCOL = Protocol(limit=4, suite=("concept", "specificity"))
+ATTACKED = replace(
+    PROTOCOL,
+    suite=(*PROTOCOL.suite, "relearn", "soft_prompt"),
     budgets={"relearn": RELEARN, "soft_prompt": {"steps": 2}},
-    limit=4,
 )
 
 
@@ -80,6 +81,36 @@ def test_whatever_matters_makes_another_row(
     assert base._key(one, base.protocol) != other._key(two, other.protocol)
     same_fit = change == "protocol"
     assert (base._fit_key(one) == other._fit_key(two)) is same_fit
+
+
+def test_the_code_of_a_method_is_part_of_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other defaults the same options are another fit; comments and docstrings change nothing."""
+    base = study(tmp_path)
+    one = base._fit_key(trial())
+    real = language_study.method_code("concept_erasure.language.npo")
+    assert real != language_study.method_code("concept_erasure.language.simnpo")
+    monkeypatch.setattr(language_study, "method_code", lambda _: "other")
+    assert base._fit_key(trial()) != one
+    texts = {
+        "a": '"One."\ndef f(x):\n    "Two."\n    return x + 1\n',
+        "b": "'Else'\n# note\ndef f( x ):\n    'no'\n    return (x+1)\n",
+        "c": '"One."\ndef f(x):\n    "Two."\n    return x + 2\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text, "utf-8")
+    a, b, c = (language_study._meaning(tmp_path / f"{name}.py") for name in texts)
+    assert a == b
+    assert a != c
+
+
+def test_rows_of_earlier_code_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_study, "code_hash", lambda: "now")
+    row = study(tmp_path).row(trial())
+    assert not any("came to its state" in note for note in study_report([row], title="s").notes)
+    old = study_report([replace(row, code="before")], title="s")
+    assert any("came to its state" in note and "npo" in note for note in old.notes)
 
 
 def test_an_interrupted_row_keeps_its_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +181,18 @@ def test_the_study_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.Monkey
         assert (out / "language_tiny.json").is_file()
         return report
 
+    def drawn(_: Any, path: Path, **__: Any) -> Path:
+        path.write_bytes(b"")
+        return path
+
     monkeypatch.setattr(flagship, "_write", watched)
+    monkeypatch.setattr(
+        flagship, "plot_study", drawn
+    )  # a second each, five times; drawn once below
     methods = ("npo", "grad-ascent", "no-such-method")
     options = dict.fromkeys(methods, QUICK)
     report = run_study(
-        study(tmp_path / "cache"),
+        study(tmp_path / "cache", protocol=ATTACKED),
         "tiny",
         methods=methods,
         options=options,
@@ -178,6 +216,14 @@ def test_the_study_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.Monkey
         assert word in text
     assert str(tmp_path) not in text
     assert json.loads((out / "language_tiny.json").read_text("utf-8"))["rows"]
+
+
+def test_the_picture_shows_every_measured_row(tmp_path: Path) -> None:
+    rows = [measured("npo"), measured("elm"), Row(trial=Trial(method="rmu"), status="failed: no")]
+    path = language_study.plot_study(rows, tmp_path / "plot.png", title="Study")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no method was measured"):
+        language_study.plot_study(rows[2:], tmp_path / "none.png")
 
 
 # -- goals ---------------------------------------------------------------------------------------------

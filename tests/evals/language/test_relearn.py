@@ -57,6 +57,12 @@ def test_recovery_and_half_life_by_hand() -> None:
     assert kept.half_life is None
     assert "nothing was lost" in kept.note
     assert kept.row()["half-life"] is None
+    assert CURVE.resolved
+    assert "noise" not in CURVE.note
+    close = replace(CURVE, base_accuracy=0.3)  # one item of ten
+    assert close.half_life == 10
+    assert not close.resolved
+    assert "within the interval of 10 items" in close.note
     assert "not given" in replace(CURVE, base_accuracy=None).note
     assert CURVE.intervals[0].low < 0.2 < CURVE.intervals[0].high
 
