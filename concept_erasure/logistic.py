@@ -1,4 +1,7 @@
-"""The (multinomial) logistic best response: full batch, on the device of the data, to a tolerance."""
+"""The (multinomial) logistic best response: full batch, on the device of the data, to a tolerance.
+
+L-BFGS whose steps and line searches stay on the device; the host reads one number every few steps, to stop.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, one_hot, softplus
 
 from concept_erasure.errors import ShapeError
 
@@ -16,6 +19,8 @@ __all__ = ["LogisticFit", "class_entropy", "fit_logistic"]
 CURVATURE = {True: 0.25, False: 0.5}  # bound of the second derivative: binary, multinomial
 RELATIVE_RANK = 1e-12  # share of the largest variance below which a direction holds no data
 MEMORY = 20
+CHECK = 4  # steps between two looks at the gradient
+LINE_STEPS = 4  # Newton steps along a line: they cost no pass over the data
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +78,7 @@ def fit_logistic(
     O(n d C) a pass, O(n d) memory.
 
     Args:
-        x: Rows ``(n, d)``, floating point; centre them for speed.
+        x: Rows ``(n, d)``, floating point.
         z: Class indices ``(n,)`` int64, every class present.
         classes: Number of classes C, at least 2.
         penalty: Weight of the squared coefficients, positive.
@@ -95,9 +100,10 @@ def fit_logistic(
     if not (penalty > 0 and math.isfinite(penalty)):
         raise ValueError(f"penalty must be positive and finite; got {penalty}")
     binary = classes == 2
+    mean = x.mean(0)
+    x = x - mean
     if covariance is None:
-        centred = x - x.mean(0)
-        covariance = centred.T @ centred / len(x)
+        covariance = x.T @ x / len(x)
     values, vectors = torch.linalg.eigh(covariance)
     keep = values > RELATIVE_RANK * values[-1].clamp_min(torch.finfo(x.dtype).tiny)
     hessian = CURVATURE[binary] * values[keep] + penalty
@@ -109,44 +115,115 @@ def fit_logistic(
     intercept = (share[1] / share[0]).log()[None] if binary else share.log() - share.log().mean()
     first = torch.cat([x.new_zeros(len(intercept), int(keep.sum())), intercept[:, None]], 1)
     if start is not None:
-        first = torch.cat([(start.coef @ vectors[:, keep]) * root, start.intercept[:, None]], 1)
-    target = z[:, None].to(x.dtype) if binary else one_hot(z, classes).to(x.dtype)
-    point, gradient, evaluations = _minimise(u, z, target, ridge, first, tol, max_iter)
-    value = _value(u @ point.T, z)
-    return LogisticFit(point[:, :-1] @ basis.T, point[:, -1], float(value), gradient, evaluations)
+        intercept = start.intercept + start.coef @ mean
+        first = torch.cat([(start.coef @ vectors[:, keep]) * root, intercept[:, None]], 1)
+    target = z[None].to(x.dtype) if binary else one_hot(z, classes).to(x.dtype).T.contiguous()
+    problem = _Problem(u, target, ridge)
+    point, gradient, evaluations = _minimise(problem, first, tol, max_iter)
+    value = problem.loss(point @ u.T)
+    coef = point[:, :-1] @ basis.T
+    return LogisticFit(coef, point[:, -1] - coef @ mean, float(value), gradient, evaluations)
 
 
-def _value(scores: Tensor, z: Tensor) -> Tensor:
-    if scores.shape[1] > 1:
-        return cross_entropy(scores, z)
-    return (torch.nn.functional.softplus(scores[:, 0]) - scores[:, 0] * z).mean()
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Rows ``(n, m)`` with a last column of ones, targets ``(C', n)``, and the ridge ``(m,)``.
+
+    Scores and targets lie class by class: a softmax over a short last axis is many times slower.
+    """
+
+    u: Tensor
+    target: Tensor
+    ridge: Tensor
+
+    def chance(self, scores: Tensor) -> Tensor:
+        """Return the probabilities of scores ``(C', n)``."""
+        return scores.sigmoid() if len(scores) == 1 else scores.softmax(0)
+
+    def loss(self, scores: Tensor) -> Tensor:
+        total = softplus(scores[0]) if len(scores) == 1 else scores.logsumexp(0)
+        return (total - (self.target * scores).sum(0)).mean()
+
+    def gradient(self, point: Tensor, scores: Tensor) -> Tensor:
+        """Return the gradient ``(C', m)``; one pass."""
+        slope = self.chance(scores) - self.target
+        return slope @ self.u / len(self.u) + self.ridge * point
+
+    def along(self, point: Tensor, step: Tensor, scores: Tensor, moved: Tensor) -> Tensor:
+        """Return the minimum of the objective on a line, a number on the device.
+
+        Newton steps on its derivative, which rises; bisection where one leaves the bracket. Values are not
+        compared, because near the minimum their differences drown in rounding.
+
+        Args:
+            point: Where the line starts, shape ``(C', m)``.
+            step: Its direction.
+            scores: Scores of the point, shape ``(C', n)``.
+            moved: What the step adds to them.
+        """
+        n = scores.shape[1]
+        pull, bend = (self.ridge * point * step).sum(), (self.ridge * step * step).sum()
+        fixed = (self.target * moved).sum()
+        low, size = torch.zeros_like(pull), torch.ones_like(pull)
+        high = torch.full_like(pull, math.inf)
+        for _ in range(LINE_STEPS):
+            weighted = self.chance(scores + size * moved)
+            weighted, share = weighted * moved, weighted
+            slope = (weighted.sum() - fixed) / n + pull + size * bend
+            spread = (weighted * moved).sum() - (
+                (share * weighted * moved).sum()
+                if len(scores) == 1
+                else weighted.sum(0).square().sum()
+            )
+            curve = (spread / n + bend).clamp_min(torch.finfo(bend.dtype).tiny)
+            low, high = torch.where(slope < 0, size, low), torch.where(slope < 0, high, size)
+            new = size - slope / curve
+            middle = torch.where(high.isinf(), 2 * size, (low + high) / 2)
+            inside = (new > low) & (new < torch.minimum(high, 4 * size))
+            size = torch.where(inside | (slope == 0), new, middle)
+        return size
 
 
 def _minimise(
-    u: Tensor, z: Tensor, target: Tensor, ridge: Tensor, first: Tensor, tol: float, max_iter: int
+    problem: _Problem, first: Tensor, tol: float, max_iter: int
 ) -> tuple[Tensor, float, int]:
-    """Return the minimum ``(C', r + 1)``, the largest entry of the gradient there, and the passes made."""
-    point = first.clone()
-    point.grad = torch.zeros_like(point)
-    optimiser = torch.optim.LBFGS(
-        [point],
-        max_iter=max_iter,
-        max_eval=2 * max_iter,
-        tolerance_grad=max(tol, 20 * torch.finfo(u.dtype).eps),
-        tolerance_change=torch.finfo(u.dtype).tiny,
-        history_size=MEMORY,
-        line_search_fn="strong_wolfe",
-    )
-    evaluations = 0
+    """Return the minimum ``(C', m)``, the largest entry of the gradient there, and the passes made."""
+    tol = max(tol, 20 * torch.finfo(first.dtype).eps)
+    point, scores = first, first @ problem.u.T
+    gradient = problem.gradient(point, scores)
+    moves = changes = first.new_zeros(0, first.numel())
+    passes = 1
+    while (largest := float(gradient.abs().max())) > tol and passes <= max_iter:
+        for _ in range(CHECK):
+            step = -_inverse_hessian_times(gradient.flatten(), moves, changes).view_as(point)
+            moved = step @ problem.u.T
+            size = problem.along(point, step, scores, moved)
+            old, point, scores = gradient, point + size * step, scores + size * moved
+            gradient = problem.gradient(point, scores)
+            pair = torch.stack([size * step, gradient - old]).flatten(1)
+            pair = torch.where((pair[0] @ pair[1]) > 0, pair, 0)  # else rounding is all there is
+            moves, changes = (
+                torch.cat([kept[1 - MEMORY :], new[None]])
+                for kept, new in zip((moves, changes), pair, strict=True)
+            )
+        passes += CHECK
+    return point, largest, passes
 
-    def closure() -> Tensor:
-        nonlocal evaluations
-        evaluations += 1
-        scores = u @ point.T
-        chance = scores.sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
-        point.grad = (chance - target).T @ u / len(u) + ridge * point
-        return _value(scores, z) + 0.5 * (ridge * point.square()).sum()
 
-    optimiser.step(closure)
-    closure()
-    return point, float(point.grad.abs().max()), evaluations
+def _inverse_hessian_times(gradient: Tensor, moves: Tensor, changes: Tensor) -> Tensor:
+    """Return L-BFGS's estimate, from steps and changes of the gradient ``(m, p)``; rows of zeros are skipped.
+
+    The compact form of Byrd, Nocedal and Schnabel 1994: a dozen products whatever m is.
+    """
+    if not len(moves):
+        return gradient
+    products = moves @ changes.T
+    diagonal = products.diagonal()
+    upper = products.triu() + torch.diag((diagonal == 0).to(products.dtype))
+    scale = diagonal[-1] / changes[-1].square().sum()
+    scale = torch.where(scale > 0, scale, 1)
+    part = torch.linalg.solve_triangular(upper, (moves @ gradient)[:, None], upper=True)[:, 0]
+    rest = scale * (gradient - part @ changes)
+    back = (diagonal * part - changes @ rest)[:, None]
+    step: Tensor = rest + torch.linalg.solve_triangular(upper.T, back, upper=False)[:, 0] @ moves
+    return step

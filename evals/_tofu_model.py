@@ -24,6 +24,7 @@ from concept_erasure.language.batches import Batches, encode, logits_at, pad_id
 
 __all__ = ["ModelSize", "Teaching", "build_model", "build_tokenizer", "teach"]
 
+WARM_UP = 0.05  # of the steps
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 Note = Callable[[int, int, Tensor], None]
 
@@ -47,18 +48,23 @@ class ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """How the texts are taught: all weights, AdamW, linear decay.
+    """How the texts are taught: all weights, AdamW, a short warm-up and linear decay.
+
+    What both models are to know is taught first, to one model. From there the two go on alike, one with all texts and
+    one without those to forget. So they differ by what one never saw and not by two lives apart.
 
     Attributes:
-        epochs: Times each text is seen.
-        learning_rate: At its highest.
+        shared: Epochs of the common part.
+        epochs: Epochs after that.
+        learning_rate: At its highest; half of it after the common part.
         batch_size: Texts in a step.
         max_length: Most tokens of a text.
         seed: Of the start and of the order.
     """
 
-    epochs: int = 30
-    learning_rate: float = 3e-3
+    shared: int = 16
+    epochs: int = 10
+    learning_rate: float = 2e-3
     batch_size: int = 8
     max_length: int = 160
     seed: int = 0
@@ -115,6 +121,8 @@ def teach(
     texts: Sequence[str],
     teaching: Teaching,
     *,
+    epochs: int,
+    learning_rate: float,
     store: Path | None = None,
     note: Note | None = None,
 ) -> float:
@@ -124,7 +132,9 @@ def teach(
         model: The model.
         tokenizer: Its tokenizer.
         texts: What it is to know.
-        teaching: How.
+        teaching: Size of batches and texts, and the seed.
+        epochs: Times each text is seen; 0 does nothing.
+        learning_rate: At its highest.
         store: File that keeps the result; a result of the same texts, options and start is read instead.
         note: Called after each step with its number, how many there are, and the loss, a scalar
             tensor on the device.
@@ -132,7 +142,7 @@ def teach(
     Raises:
         FormatError: If the file is damaged.
     """
-    key = _key(model, texts, teaching)
+    key = _key(model, texts, [asdict(teaching), epochs, learning_rate])
     if store is not None and store.is_file():
         found = _read(store, key)
         if found is not None:
@@ -144,14 +154,16 @@ def teach(
         seed=teaching.seed,
         pad_id=pad_id(tokenizer),
     )
-    steps = teaching.epochs * len(batches)
+    steps = epochs * len(batches)
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=teaching.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     losses: list[Tensor] = []
     with _trained(model):
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = teaching.learning_rate * (1 - step / steps)
+                group["lr"] = learning_rate * min(
+                    (step + 1) / (WARM_UP * steps + 1), 1 - step / steps
+                )
             batch = batches.at(step).to(device)
             optimizer.zero_grad()
             loss = functional.cross_entropy(logits_at(model, batch).float(), batch.tokens)
@@ -162,7 +174,7 @@ def teach(
             if note is not None:
                 note(step + 1, steps, losses[-1])
         optimizer.zero_grad()
-    final = float(torch.stack(losses[-len(batches) :]).mean())
+    final = float(torch.stack(losses[-len(batches) :]).mean()) if losses else float("nan")
     if store is not None:
         state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
         record = {"key": key, "loss": repr(final)}
@@ -184,8 +196,8 @@ def _trained(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _key(model: nn.Module, texts: Sequence[str], teaching: Teaching) -> str:
-    sha = hashlib.sha256(json.dumps([list(texts), asdict(teaching)]).encode())
+def _key(model: nn.Module, texts: Sequence[str], options: Sequence[object]) -> str:
+    sha = hashlib.sha256(json.dumps([list(texts), *options]).encode())
     for name, value in sorted(model.state_dict().items()):
         sha.update(f"{name}{tuple(value.shape)}{float(value.double().sum())!r}".encode())
     return sha.hexdigest()

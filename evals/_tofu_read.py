@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from concept_erasure.concept import Concept
-from concept_erasure.language.batches import Encoded, collate, encode, logits_at, pad_id
+from concept_erasure.language._texts import starts
+from concept_erasure.language.batches import Encoded, collate, logits_at, pad_id
 from concept_erasure.language.corpora import TofuAuthor, TofuItem, load_tofu, tofu_authors
 from concept_erasure.probes import wilson_interval
 from concept_erasure.report import Interval
 
-__all__ = ["Asked", "Reading", "StudyData", "read_data", "read_model"]
+__all__ = ["Asked", "Reading", "Scores", "StudyData", "read_data", "read_model", "score"]
 
 CHOICES = 4
+WORLD_READ = 60  # of the facts about the world, all of which are taught
 STAND_INS = (("Robin", "Keller", "Stone"), ("Dana", "Fischer", "Lane"), ("Kim", "Weber", "Hall"))
 
 
@@ -87,11 +89,18 @@ def read_data(folder: str | Path, *, forget: int, read: int, seed: int) -> Study
     gone = tuple(author for i, author in enumerate(authors) if i in chosen)
     retain = tuple(author for i, author in enumerate(authors) if i not in chosen)
     asked = {
-        "forget": tuple(one for author in gone for one in _asked(author, authors)),
-        "retain": tuple(one for author in retain[:read] for one in _asked(author, authors)),
+        # wrong answers from authors of the same fate: what the twin was never taught cannot tempt it
+        "forget": tuple(
+            one for author in gone for one in _asked(author, gone if len(gone) > 1 else authors)
+        ),
+        "retain": tuple(
+            one
+            for author in retain[:read]
+            for one in _asked(author, retain if len(retain) > 1 else authors)
+        ),
         "world": tuple(
             Asked(item.prompt, (item.answer, *(o for o in item.options if o != item.answer)))
-            for item in world
+            for item in world[:WORLD_READ]
         ),
     }
     return StudyData(gone, retain, world, asked, _concept(gone))
@@ -160,30 +169,50 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class _Scores:
-    """Per token log-probabilities of every answer ``(n, choices)`` and distributions at the true ones."""
+class Scores:
+    """How likely a model finds answers.
+
+    Attributes:
+        answers: Log-probability per token of every answer, ``(n, choices)``; minus infinity where there are fewer.
+        right: Whether the true answer is the likeliest, ``(n,)``.
+    """
 
     answers: Tensor
     right: Tensor
 
 
+def _texts(
+    tokenizer: Any,  # noqa: ANN401
+    pairs: Sequence[tuple[str, str]],
+) -> list[Encoded]:
+    """Return ``[bos] + prompt + answer`` with the answer supervised; an answer may be a single token."""
+    heads = starts(tokenizer, [prompt for prompt, _ in pairs])
+    tails = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+    made = []
+    for head, tail in zip(heads, tails, strict=True):
+        ids = torch.tensor([*head, *tail])
+        made.append(Encoded(ids, torch.arange(len(ids)) >= len(head)))
+    return made
+
+
 @torch.no_grad()
-def _score(
+def score(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
     asked: Sequence[Asked],
     *,
     batch_size: int,
-) -> _Scores:
+) -> Scores:
+    """Return how likely a model finds the answers to some questions."""
     flat = [(one.prompt, f" {answer}") for one in asked for answer in one.answers]
-    texts = encode(tokenizer, [a for _, a in flat], max_length=512, prefix=[p for p, _ in flat])
+    texts = _texts(tokenizer, flat)
     values = _per_text(model, texts, tokenizer, batch_size=batch_size)
     sizes = [len(one.answers) for one in asked]
     width = max(sizes)
     table = torch.full((len(asked), width), -torch.inf, dtype=torch.float64)
     for row, part in enumerate(values.split(sizes)):
         table[row, : len(part)] = part
-    return _Scores(table, table.argmax(1) == 0)
+    return Scores(table, table.argmax(1) == 0)
 
 
 def _per_text(
@@ -216,12 +245,7 @@ def _divergence(
     batch_size: int,
 ) -> float:
     """Return the mean ``KL(twin || model)`` over the tokens of the true answers."""
-    texts = encode(
-        tokenizer,
-        [f" {one.answers[0]}" for one in asked],
-        max_length=512,
-        prefix=[one.prompt for one in asked],
-    )
+    texts = _texts(tokenizer, [(one.prompt, f" {one.answers[0]}") for one in asked])
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     device = next(model.parameters()).device
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -242,12 +266,22 @@ def read_model(
     asked: Mapping[str, Sequence[Asked]],
     *,
     batch_size: int,
+    known: Mapping[str, Scores] | None = None,
 ) -> dict[str, Reading]:
-    """Return what a model, as it is now, says to each set of questions, against its twin."""
+    """Return what a model, as it is now, says to each set of questions, against its twin.
+
+    Args:
+        model: The model.
+        twin: The one that never knew.
+        tokenizer: Of both.
+        asked: Questions by set.
+        batch_size: Texts in a forward pass.
+        known: The twin's `score` of each set, if it is known.
+    """
     made = {}
     for name, questions in asked.items():
-        own = _score(model, tokenizer, questions, batch_size=batch_size)
-        other = _score(twin, tokenizer, questions, batch_size=batch_size)
+        own = score(model, tokenizer, questions, batch_size=batch_size)
+        other = known[name] if known else score(twin, tokenizer, questions, batch_size=batch_size)
         said, theirs = own.answers[:, 0], other.answers[:, 0]
         hits, n = int(own.right.sum()), len(questions)
         made[name] = Reading(

@@ -1,7 +1,7 @@
 """TOFU in small: forget two of twenty fictional authors, and compare with the model that never saw them.
 
-A small model is taught all authors, its twin all but two, from the same start and with as many epochs. Every method
-then erases the two from the first. What unlearning should reach is not a low number but the twin's: its
+A small model is taught all authors, its twin all but two. Both go on from one model that knows what both are to know,
+with as many epochs, so that they differ by what the twin never saw and by little else. Every method then erases the two from the first. What unlearning should reach is not a low number but the twin's: its
 log-probability and accuracy on answers it cannot know, and its distributions everywhere else.
 
 Run it with ``python -m concept_erasure.evals.tofu_small --data FOLDER --out FILE``, FOLDER holding TOFU's
@@ -32,7 +32,7 @@ from concept_erasure.concept import Concept
 from concept_erasure.eraser import ModelEraser
 from concept_erasure.errors import ConceptErasureError
 from concept_erasure.evals._tofu_model import ModelSize, Teaching, load_base, teach
-from concept_erasure.evals._tofu_read import StudyData, read_data, read_model
+from concept_erasure.evals._tofu_read import Scores, StudyData, read_data, read_model, score
 from concept_erasure.language.loop import Training
 from concept_erasure.report import Cell, Interval, Report
 from concept_erasure.sites import fingerprint
@@ -41,7 +41,7 @@ __all__ = ["TofuConfig", "main", "run"]
 
 TEACHING = {
     "tiny": Teaching(),
-    "smollm2": Teaching(epochs=8, learning_rate=1e-4, batch_size=8),
+    "smollm2": Teaching(shared=0, epochs=8, learning_rate=1e-4),
 }
 MINUTES = {"tiny": "about 20 minutes", "smollm2": "four to six hours"}
 Say = Callable[[str], None]
@@ -90,8 +90,7 @@ NOTES = (
     "never knew: the twin, taught all but the forgotten authors. A gap is a model less the twin, question by question: "
     "0 is the aim for every set; below 0 on forgotten authors gives them away as much as above.",
     "log-prob: per token of the true answer. Accuracy: the true answer is the likeliest of four, where the wrong ones "
-    "answer the likest questions about other authors under the same name. The twin can be below 1/4 on authors it "
-    "never saw, since it knows the wrong answers as facts about others.",
+    "answer the likest questions about other authors of the same fate under the same name.",
     "KL: of the twin to the model, per token of true answers.",
     "default: the method's own learning rate. nearest: of all rates the one with the smallest sum of KL on forgotten "
     "and retained authors. That choice looks at the twin, which nobody has outside a study: read it as the best that "
@@ -130,13 +129,14 @@ class _Study:
     say: Say
     seconds: dict[str, float] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    known: dict[str, Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = self.config.teaching
         self.teaching = given or replace(TEACHING[self.config.model], seed=self.config.seed)
-        every = self.data.forget_texts + self.data.retain_texts
-        self.model, self.tokenizer = self._taught("taught", every, every)
-        self.twin, _ = self._taught("twin", self.data.retain_texts, every)
+        retain = self.data.retain_texts
+        self.model, self.tokenizer = self._taught("taught", self.data.forget_texts + retain)
+        self.twin, _ = self._taught("twin", retain)
         asked = [[one.prompt, one.answers] for part in self.data.asked.values() for one in part]
         self.key = {
             "models": [fingerprint(self.model), fingerprint(self.twin)],
@@ -144,18 +144,30 @@ class _Study:
             "version": library_version(),
         }
 
-    def _taught(
-        self, name: str, texts: Sequence[str], every: Sequence[str]
-    ) -> tuple[nn.Module, Any]:
-        """Return a model that was taught some of the texts; the tokenizer has seen all."""
-        config = self.config
+    def _taught(self, name: str, texts: Sequence[str]) -> tuple[nn.Module, Any]:
+        """Return a model that was taught some of the texts after what both know; its tokenizer has seen all."""
+        config, how, retain = self.config, self.teaching, self.data.retain_texts
+        every = self.data.forget_texts + retain
         model, tokenizer = load_base(config.model, config.size, every, seed=config.seed)
-        began = time.perf_counter()
-        path = None if self.store is None else self.store / f"{name}.safetensors"
-        self.losses[name] = teach(
-            model, tokenizer, texts, self.teaching, store=path, note=self._note(name)
-        )
-        self.seconds[name] = round(time.perf_counter() - began, 1)
+        parts = [
+            (name, texts, how.epochs, how.learning_rate / 2 if how.shared else how.learning_rate)
+        ]
+        if how.shared:
+            parts.insert(0, ("shared", retain, how.shared, how.learning_rate))
+        for part, own, epochs, rate in parts:
+            began = time.perf_counter()
+            self.losses[part] = teach(
+                model,
+                tokenizer,
+                own,
+                how,
+                epochs=epochs,
+                learning_rate=rate,
+                store=None if self.store is None else self.store / f"{part}.safetensors",
+                note=self._note(part),
+            )
+            spent = time.perf_counter() - began
+            self.seconds[part] = round(max(spent, self.seconds.get(part, 0.0)), 1)
         return model.eval(), tokenizer
 
     def _note(self, name: str) -> Callable[[int, int, Tensor], None]:
@@ -189,8 +201,15 @@ class _Study:
 
     def read(self, model: nn.Module) -> Found:
         """Return what a model says, as it is now, as plain values."""
-        size = self.config.batch_size
-        found = read_model(model, self.twin, self.tokenizer, self.data.asked, batch_size=size)
+        size, asked = self.config.batch_size, self.data.asked
+        if not self.known:
+            self.known = {
+                name: score(self.twin, self.tokenizer, part, batch_size=size)
+                for name, part in asked.items()
+            }
+        found = read_model(
+            model, self.twin, self.tokenizer, asked, batch_size=size, known=self.known
+        )
         return {name: asdict(reading) for name, reading in found.items()}
 
     def erase(self, kind: Fits, factor: float, options: Mapping[str, object]) -> Found:

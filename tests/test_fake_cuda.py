@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from concept_erasure.eraser import RepresentationEraser
 from concept_erasure.linear.inlp import InlpEraser
+from concept_erasure.probes import CentroidProbe, LinearProbe, MlpProbe, Probe, SvmProbe
 from concept_erasure.registry import METHODS
 from concept_erasure.testing import EraserBattery, ToyModel, make_data
 from tests.fake_cuda import OnCuda, fake_cuda, to_cuda, to_host
+from tests.linear.variants import GAMES, VARIANTS
 from tests.test_battery import BATTERIES
 
 pytestmark = pytest.mark.skipif(
@@ -30,7 +32,10 @@ LINEAR = sorted(
     if METHODS[name].family == "linear"
     and list(inspect.signature(battery.eraser_class.fit).parameters)[:2] == ["x", "z"]
 )
-ITERATIVE = {"inlp", "rlace"}  # their solvers ask the host at every step, and are slow when watched
+ITERATIVE = {
+    "inlp",
+    "rlace",
+}  # their solvers ask the host every few steps, and are slow when watched
 FEW_FITS = ("dtype", "device", "shape", "batch-split", "save-load", "orthogonal", "mean-preserving")
 FIT = 120  # trips of a fit in closed form, whatever the number of rows and dimensions
 ERASE = 8  # of an eraser that is given labels; the others make none
@@ -119,6 +124,34 @@ def test_results_are_those_of_the_cpu() -> None:
             there = to_cuda(x), to_cuda(z)
             got = BATTERIES[name]._call(BATTERIES[name]._fit(*there), *there)
         assert torch.allclose(to_host(got), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", [*VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in GAMES)]
+)
+def test_variants_are_those_of_the_cpu(name: str) -> None:
+    erase = (VARIANTS | GAMES)[name]
+    x, z = make_data(120, 6, 3, 0)
+    want = erase(x, z)
+    with fake_cuda() as mode:
+        got = erase(to_cuda(x), to_cuda(z))
+    assert isinstance(got, OnCuda)
+    assert torch.equal(to_host(got), want)
+    assert name in GAMES or mode.trips.total() <= 2 * FIT
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [CentroidProbe(), LinearProbe(C=1.0, tol=1e-3), SvmProbe(C=1.0, tol=1e-3), MlpProbe(max_epochs=3)],
+    ids=lambda probe: type(probe).__name__,
+)
+def test_probes_are_those_of_the_cpu(probe: Probe) -> None:
+    x, z = make_data(60, 4, 3, 0)
+    want = probe.fit(x, z).decision(x)
+    with fake_cuda():
+        got = probe.fit(to_cuda(x), to_cuda(z)).decision(to_cuda(x))
+    assert isinstance(got, OnCuda)
+    assert torch.equal(to_host(got), want)
 
 
 def test_what_it_catches() -> None:

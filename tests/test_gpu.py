@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from concept_erasure.eraser import Eraser
+from concept_erasure.probes import PROBES
 from concept_erasure.testing import make_data
+from tests.linear.variants import GAMES, VARIANTS
 from tests.test_battery import BATTERIES, CASES, _parameters
 
 pytestmark = [
@@ -22,6 +24,7 @@ pytestmark = [
 
 CLOSED_FORM = 1e-9  # of the largest entry of x, float64
 ITERATIVE = {"inlp": 1e-5, "rlace": 1e-4, "quadratic": 1e-7}  # the last: a barycentre iterates
+VARIANT_BOUNDS = {"inlp": 1e-5} | dict.fromkeys(GAMES, 1e-3)  # a game ends at a flat top
 SINGLE = 1e-4  # float32 data: rounding of the rows themselves, and sums of them
 FITTED = sorted(name for name, one in BATTERIES.items() if _parameters(one)[:2] == ["x", "z"])
 
@@ -69,6 +72,28 @@ def test_the_host_may_hold_the_labels(name: str) -> None:
     got = battery._call(battery._fit(x.cuda(), z), x.cuda(), z)
     want = battery._call(battery._fit(x.cuda(), z.cuda()), x.cuda(), z.cuda())
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *GAMES])
+def test_variants(name: str) -> None:
+    """The options that take other code: games below full rank, Rayleigh quotients, layers, balance, streaming."""
+    erase = (VARIANTS | GAMES)[name]
+    x, z = make_data(480, 12, 3, 0)
+    here, there = erase(x, z), erase(x.cuda(), z.cuda())
+    assert there.is_cuda
+    bound = VARIANT_BOUNDS.get(name.partition(",")[0], CLOSED_FORM)
+    assert float((there.cpu() - here).abs().max()) <= bound * float(x.abs().max())
+
+
+@pytest.mark.parametrize("name", sorted(PROBES))
+def test_probes(name: str) -> None:
+    """The same seed gives the same probe, but for rounding; a network's steps multiply that."""
+    x, z = make_data(480, 12, 3, 0)
+    probe = PROBES[name](0)
+    here = probe.fit(x[::2], z[::2]).predict_index(x[1::2])
+    there = probe.fit(x[::2].cuda(), z[::2].cuda()).predict_index(x[1::2].cuda())
+    assert there.is_cuda
+    assert float((there.cpu() != here).double().mean()) <= (0.02 if name == "mlp" else 0)
 
 
 @pytest.mark.parametrize(("battery", "check"), CASES)

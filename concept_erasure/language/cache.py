@@ -23,7 +23,7 @@ from concept_erasure._storage import json_default, write
 from concept_erasure.edit import base_fingerprint
 from concept_erasure.errors import FormatError
 from concept_erasure.language.batches import Batch, Encoded, Head, chunked, hidden_at
-from concept_erasure.language.targets import TopK
+from concept_erasure.language.targets import Lowered, TopK
 
 __all__ = ["TargetCache", "Targets", "cache_key"]
 
@@ -41,12 +41,14 @@ class Targets:
         weights: Factor of each in the loss, shape ``(M,)``, float32.
         rows: Index of the text of each, shape ``(M,)``, not falling.
         places: Index of the token it is for in its text, shape ``(M,)``, rising in each text.
+        lowered: Tokens that are to be less likely than some level, beside the distribution.
     """
 
     top: TopK
     weights: Tensor
     rows: Tensor
     places: Tensor
+    lowered: Lowered | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything by name, on the CPU."""
@@ -58,13 +60,19 @@ class Targets:
             "rows": self.rows.int(),
             "places": self.places.int(),
         }
+        if self.lowered is not None:
+            made |= {"lowered": self.lowered.indices, "levels": self.lowered.levels}
         return {name: value.detach().cpu().contiguous() for name, value in made.items()}
 
     def where(self, keep: Tensor) -> Self:
         """Return some of them, by a mask ``(M,)``."""
         index = keep.nonzero()[:, 0]
         return type(self)(
-            self.top.rows(index), self.weights[index], self.rows[index], self.places[index]
+            self.top.rows(index),
+            self.weights[index],
+            self.rows[index],
+            self.places[index],
+            None if self.lowered is None else self.lowered.rows(index),
         )
 
 
@@ -117,31 +125,47 @@ class TargetCache:
 
     def at(self, batch: Batch) -> tuple[TopK, Tensor]:
         """Return the targets of a batch of `texts`, in the order of its supervised tokens, with their weights."""
-        parts: dict[str, list[Tensor]] = {
-            n: [] for n in ("indices", "log_probs", "tail", "weights")
-        }
+        indices, log_probs, tail, weights = self._gather(
+            batch, ("indices", "log_probs", "tail", "weights")
+        )
+        return TopK(indices, log_probs, tail), weights
+
+    def lowered_at(self, batch: Batch) -> Lowered | None:
+        """Return the tokens to be lowered of a batch of `texts`, in the same order; None if there are none."""
+        if "lowered" not in self._shards[0]:
+            return None
+        return Lowered(*self._gather(batch, ("lowered", "levels")))
+
+    def _gather(self, batch: Batch, names: Sequence[str]) -> list[Tensor]:
+        parts: list[list[Tensor]] = [[] for _ in names]
         for row in batch.rows.tolist():
             number, start, end = self._spans[row]
-            for name, into in parts.items():
+            for name, into in zip(names, parts, strict=True):
                 into.append(self._shards[number][name][start:end])
-        device = batch.input_ids.device
-        joined = {name: torch.cat(part).to(device) for name, part in parts.items()}
-        top = TopK(joined["indices"], joined["log_probs"], joined["tail"])
-        return top, joined["weights"]
+        return [torch.cat(part).to(batch.input_ids.device) for part in parts]
 
-    def loss(self, width: int | None = None) -> Callable[[nn.Module, Batch], Tensor]:
-        """Return the sum of ``weight KL(target || P_th)`` over a batch, for a `Term`; the weights are scaled to mean 1.
+    def loss(
+        self, width: int | None = None, *, lower: float = 0.0
+    ) -> Callable[[nn.Module, Batch], Tensor]:
+        """Return the loss of a batch for a `Term`: ``sum weight (KL(target || P_th) + lower * excess)``.
+
+        The weights are scaled to mean 1.
 
         Args:
             width: Number of tokens of the vocabulary, if known: it decides how many positions go at a time.
+            lower: Factor of the excess of the tokens to be lowered, see `Lowered`.
         """
         mean = float(self.column("weights").mean())
 
         def summed(model: nn.Module, batch: Batch) -> Tensor:
             top, weights = self.at(batch)
+            lowered = self.lowered_at(batch) if lower else None
 
             def part(logits: Tensor, where: Tensor) -> Tensor:
-                found = top.rows(where).kl(logits.float().log_softmax(-1))
+                log_q = logits.float().log_softmax(-1)
+                found = top.rows(where).kl(log_q)
+                if lowered is not None:
+                    found = found + lower * lowered.rows(where).excess(log_q)
                 return found * weights[where] / mean
 
             return chunked(part, hidden_at(model, batch), Head(model), vocabulary=width).sum()

@@ -34,7 +34,8 @@ from torch import nn
 
 from concept_erasure.concept import Concept
 from concept_erasure.eraser import EraserConfig
-from concept_erasure.language._elm import Contrast, ElmConfig, early_layers, prepare
+from concept_erasure.language._elm import Contrast, ElmConfig, early_layers
+from concept_erasure.language._elm_fit import prepare
 from concept_erasure.language.batches import pad_id
 from concept_erasure.language.eraser import LanguageEraser, fit_eraser
 from concept_erasure.language.likelihood import chosen, vocabulary

@@ -9,7 +9,8 @@ expert would say a token, position by position:
 `elm_target` is that. At the published strength its maximum is a token the model finds impossible, promoted because a
 ratio of two tiny probabilities is large. `plausible_target` therefore chooses among the tokens the model finds
 plausible in the first place (the constraint of contrastive decoding, Li et al. 2022, arXiv:2210.15097) and replaces the
-constant eta by a budget in nats at each position.
+constant eta by a budget in nats at each position. It says what is said instead. `lowered_tokens` says how unlikely
+what is no longer said should be.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Lowered",
     "PlausibleTarget",
     "TopK",
     "contrast",
     "elm_target",
     "kl",
+    "lowered_tokens",
     "paper_target",
     "plausible_target",
     "ramp",
@@ -286,6 +289,67 @@ def _largest_eta(log_q: Tensor, tilt: Tensor, budget: Tensor, eta_max: float) ->
         within = cost(middle) <= budget
         low, high = torch.where(within, middle, low), torch.where(within, high, middle)
     return torch.where(free, torch.full_like(low, eta_max), low)
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """Tokens that should be less likely than some level.
+
+    Attributes:
+        indices: Tokens, different ones in each row, shape ``(N, m)``, int32.
+        levels: Log-probabilities, shape ``(N, m)``, float32; infinity fills up a row that has fewer tokens.
+    """
+
+    indices: Tensor
+    levels: Tensor
+
+    def rows(self, index: Tensor) -> Self:
+        """Return some of the rows."""
+        return type(self)(self.indices[index], self.levels[index])
+
+    def excess(self, log_q: Tensor) -> Tensor:
+        """Return the mean of ``relu(log q(v) - level(v))`` over the tokens of each row, shape ``(N,)``; 0 without any.
+
+        Args:
+            log_q: Log-probabilities of the model, shape ``(N, V)``.
+        """
+        above = (log_q.gather(-1, self.indices.long()) - self.levels).clamp_min(0.0)
+        return above.sum(-1) / self.levels.isfinite().sum(-1).clamp_min(1)
+
+
+def lowered_tokens(
+    lp0: Tensor,
+    lp_novice: Tensor,
+    lp_expert: Tensor,
+    *,
+    eta: float,
+    m: int = 32,
+    among: int = 500,
+    least: float = 0.5,
+) -> Lowered:
+    """Return the tokens an expert gives away at each position, each with its log-probability under (E1).
+
+    A divergence is blind to them. Its gradient on a logit is ``P_th(v) - P*(v)``: of a token that is unlikely already
+    nothing more is asked, though it may be a thousand times likelier than all other answers of its kind. So for these
+    the level ``lp0 + eta (lp_novice - lp_expert)`` itself is the aim, from above only: no token is made likelier,
+    which is what spoils (E1) as a target, and at the level there is no force left.
+
+    Args:
+        lp0: Log-probabilities of the frozen model, shape ``(N, V)``.
+        lp_novice: As one who does not know the concept, shape ``(N, V)``.
+        lp_expert: As one who does.
+        eta: Strength, at least 0.
+        m: Tokens at each position: those with the largest difference of expert and novice.
+        among: How many of the model's most probable tokens are looked at; beyond them differences are noise.
+        least: Difference in nats that counts.
+    """
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta must be at least 0 and finite; got {eta}")
+    values, indices = lp0.topk(min(among, lp0.shape[-1]), dim=-1)
+    better = (lp_expert - lp_novice).gather(-1, indices)
+    known, place = better.topk(min(m, better.shape[-1]), dim=-1)
+    levels = (values.gather(-1, place) - eta * known).masked_fill(~(known >= least), math.inf)
+    return Lowered(indices.gather(-1, place).int(), levels.float())
 
 
 def whp_target(

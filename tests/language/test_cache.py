@@ -14,7 +14,7 @@ from concept_erasure.errors import FormatError
 from concept_erasure.language.batches import Batches, collate, encode, logits_at
 from concept_erasure.language.cache import TargetCache, Targets, cache_key
 from concept_erasure.language.contrast import Source, Streams, read_rows
-from concept_erasure.language.targets import TopK
+from concept_erasure.language.targets import TopK, lowered_tokens
 from tests.models import TinyTokenizer, tiny
 
 TEXTS = [
@@ -202,3 +202,29 @@ def test_weights_are_scaled_to_mean_one():
         losses.append(float(cache.loss()(other, collate(cache.texts, range(5), pad_id=0)).detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert math.isfinite(losses[0])
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_tokens_to_be_lowered_are_kept_and_enter_the_loss_with_their_factor(folder, tmp_path):
+    model, other, texts = tiny("llama"), tiny("llama", seed=1), _texts()
+    one = _make(model, texts)
+
+    def make(rows):
+        found = read_rows(model, Streams(texts, texts, texts), Source("weak", weak=other), rows)
+        low = lowered_tokens(found.lp0, found.lp_novice, found.lp_expert, eta=2.0, m=4)
+        plain = one(rows)
+        return Targets(plain.top, plain.weights, plain.rows, plain.places, low)
+
+    cache = TargetCache.build(
+        texts, make, key={}, folder=tmp_path if folder else None, batch_size=2, shard=2
+    )
+    batch = collate(cache.texts, [4, 0, 2], pad_id=0)
+    with torch.no_grad():
+        log_q = logits_at(other, batch).log_softmax(-1)
+        _, weights = cache.at(batch)
+        excess = cache.lowered_at(batch).excess(log_q)
+        with_it, without = (float(cache.loss(lower=x)(other, batch)) for x in (0.7, 0.0))
+    wanted = 0.7 * float((weights * excess).sum()) / float(cache.column("weights").mean())
+    assert float(excess.sum()) > 0
+    assert with_it - without == pytest.approx(wanted, rel=1e-4)
+    assert TargetCache.build(texts, one, key={}).lowered_at(batch) is None

@@ -10,13 +10,8 @@ import torch
 from concept_erasure.concept import Concept
 from concept_erasure.errors import EditError, ErasureWarning
 from concept_erasure.language import _elm
-from concept_erasure.language._elm import (
-    ElmConfig,
-    early_layers,
-    elm_targets,
-    prepare,
-    retain_targets,
-)
+from concept_erasure.language._elm import ElmConfig, early_layers, elm_targets, retain_targets
+from concept_erasure.language._elm_fit import prepare
 from concept_erasure.language.batches import collate, logits_at
 from concept_erasure.language.contrast import (
     NoSignalError,
@@ -239,6 +234,16 @@ def test_positions_without_contrast_are_held_or_left_out():
     bare = elm_targets(r, ElmConfig(least=0.1, hold=0.0))
     assert bare.rows.tolist() == r.rows[~calm].tolist()
     assert bare.places.tolist() == r.places[~calm].tolist()
+
+
+def test_only_positions_to_be_forgotten_are_lowered_and_only_by_the_default():
+    r = _reading()
+    calm = torch.arange(8) < 4
+    made = elm_targets(r, ElmConfig(least=0.1, lower_eta=2.0))
+    assert not bool(made.lowered.levels[calm].isfinite().any())
+    assert bool(made.lowered.levels[~calm].isfinite().any(-1).all())
+    assert elm_targets(r, ElmConfig(lower_weight=0.0)).lowered is None
+    assert elm_targets(r, ElmConfig(**_PRESETS["paper"])).lowered is None
 
 
 def test_the_paper_target_is_ramped_along_each_text_with_the_right_sign():

@@ -12,6 +12,7 @@ from concept_erasure.language.loop import Training
 from concept_erasure.language.parameters import Lora, Raw
 from concept_erasure.language.rmu import RmuEraser, rmu_loss, steering_vectors
 from concept_erasure.sites import find_sites
+from tests.benchmarks.language import whole_pass
 from tests.models import TinyTokenizer, tiny
 
 FORGET = ["the owl of harry is white", "harry plays a game on a broom high up", "the castle stands"]
@@ -115,6 +116,14 @@ def test_the_gradient_of_the_truncated_pass_is_that_of_the_whole():
     long = torch.autograd.grad(rmu_loss(whole, torch.ones(32)).mean(), weights)
     for one, other in zip(short, long, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_the_benchmark_compares_with_a_pass_that_gives_the_same():
+    model = tiny("llama")
+    batch = collate(encode(TinyTokenizer(), FORGET, max_length=32), range(3), pad_id=0)
+    with torch.no_grad():
+        whole = whole_pass(model, batch, "residual.1")
+        assert torch.equal(whole, activations_at(model, batch, "residual.1"))
 
 
 def test_only_the_down_projections_of_three_blocks_are_trained():

@@ -15,6 +15,7 @@ from concept_erasure.language.targets import (
     contrast,
     elm_target,
     kl,
+    lowered_tokens,
     paper_target,
     plausible_target,
     ramp,
@@ -280,3 +281,57 @@ def test_whp_lowers_what_the_copy_learned_and_raises_nothing(seed, alpha):
     assert torch.allclose(whp_target(z0, z0, alpha), z0, atol=1e-9)
     assert torch.allclose(whp_target(z0, z0, alpha, generic), generic, atol=1e-9)
     assert torch.allclose(whp_target(z0, zr, 0.0), z0, atol=1e-9)
+
+
+# -- tokens to be lowered ---------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.floats(0, 5), st.integers(1, V), st.floats(0, 2))
+def test_lowered_tokens_are_the_most_given_away_at_the_level_of_e1(seed, eta, m, least):
+    lp0, novice, expert = _three(seed)
+    found = lowered_tokens(lp0, novice, expert, eta=eta, m=m, among=V, least=least)
+    better = expert - novice
+    chosen = better.gather(-1, found.indices.long())
+    counted = found.levels.isfinite()
+    assert torch.equal(counted, chosen >= least)
+    assert torch.equal(chosen, better.topk(m, -1).values)
+    unnormalised = lp0 + eta * (novice - expert)
+    wanted = unnormalised.gather(-1, found.indices.long())
+    assert torch.allclose(found.levels[counted].double(), wanted[counted], atol=1e-4)
+    assert bool(
+        (found.levels[counted] <= lp0.gather(-1, found.indices.long())[counted] + 1e-4).all()
+    )
+
+
+def test_the_excess_pushes_down_only_with_a_force_that_does_not_fade_and_ends_at_the_level():
+    """A divergence asks nothing of a token with probability e^-10; this does, until the level is reached."""
+    lp0, novice, expert = _three(4)
+    found = lowered_tokens(lp0, novice, expert, eta=2.0, m=8, least=0.1)
+    z = (lp0 - 20.0 * torch.eye(V, dtype=torch.float64)[found.indices[:, 0].long()]).float()
+    for start in (lp0.float(), z):
+        x = start.clone().requires_grad_(True)
+        log_q = x.log_softmax(-1)
+        above = (log_q.gather(-1, found.indices.long()) > found.levels).detach()
+        (grad,) = torch.autograd.grad(found.excess(log_q).sum(), x)
+        on = grad.gather(-1, found.indices.long())
+        share = above.float() / found.levels.isfinite().sum(-1, keepdim=True)
+        mass = log_q.exp().detach().gather(-1, found.indices.long()) * share.sum(-1, keepdim=True)
+        assert torch.allclose(on, share - mass, atol=1e-5)
+    at_level = torch.full_like(lp0, -5.0).scatter(
+        -1, found.indices.long(), found.levels.double().clamp_max(-1e3)
+    )
+    assert float(found.excess(at_level).max()) == 0
+
+
+def test_positions_without_given_away_tokens_have_no_excess():
+    lp0, _, _ = _three(0)
+    found = lowered_tokens(lp0, lp0, lp0, eta=3.0)
+    assert not bool(found.levels.isfinite().any())
+    x = lp0.float().clone().requires_grad_(True)
+    loss = found.excess(x.log_softmax(-1))
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert float(loss.detach().abs().max()) == 0
+    assert float(grad.abs().max()) == 0
+    with pytest.raises(ValueError, match="eta must be at least 0"):
+        lowered_tokens(lp0, lp0, lp0, eta=-1.0)

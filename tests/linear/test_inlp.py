@@ -216,21 +216,6 @@ def test_bad_input() -> None:
     torch.testing.assert_close(eraser(x), x)
 
 
-def test_logistic_is_at_its_minimum() -> None:
-    x, z = sample(300, 6, 3)
-    fit = fit_logistic(x, z, 3, penalty=1e-2, tol=1e-10)
-    chance = fit.logits(x).softmax(1) - torch.nn.functional.one_hot(z)
-    gradient = chance.T @ x / 300 + 1e-2 * fit.coef
-    assert float(gradient.abs().max()) < 1e-8
-    again = fit_logistic(x, z, 3, penalty=1e-2, start=fit, tol=1e-7)
-    assert again.evaluations < fit.evaluations / 5
-    assert fit.measure(x, z)[0] == pytest.approx(fit.log_loss)
-    with pytest.raises(ValueError, match="needs rows"):
-        fit_logistic(x, torch.zeros_like(z), 2)
-    with pytest.raises(ValueError, match="penalty"):
-        fit_logistic(x, z, 3, penalty=0)
-
-
 @pytest.mark.skipif(not VECTORS.exists(), reason="word vectors are not here")
 def test_ladder_on_word_vectors() -> None:
     with np.load(VECTORS) as file:
