@@ -1,8 +1,9 @@
 """TOFU in small: forget two of twenty fictional authors, and compare with the model that never saw them.
 
 A small model is taught all authors, its twin all but two. Both go on from one model that knows what both are to know,
-with as many epochs, so that they differ by what the twin never saw and by little else. Every method then erases the two from the first. What unlearning should reach is not a low number but the twin's: its
-log-probability and accuracy on answers it cannot know, and its distributions everywhere else.
+with as many epochs, so that they differ by what the twin never saw and by little else. Every method then erases the two
+from the first. What unlearning should reach is not a low number but the twin's: its log-probability and accuracy on
+answers it cannot know, and its distributions everywhere else.
 
 Run it with ``python -m concept_erasure.evals.tofu_small --data FOLDER --out FILE``, FOLDER holding TOFU's
 ``forget10.json`` and ``world_facts.json`` (Maini et al. 2024, arXiv:2401.06121; MIT). About 20 minutes on one core for
@@ -18,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -134,9 +136,16 @@ class _Study:
     def __post_init__(self) -> None:
         given = self.config.teaching
         self.teaching = given or replace(TEACHING[self.config.model], seed=self.config.seed)
-        retain = self.data.retain_texts
-        self.model, self.tokenizer = self._taught("taught", self.data.forget_texts + retain)
-        self.twin, _ = self._taught("twin", retain)
+        retain, how, config = self.data.retain_texts, self.teaching, self.config
+        every = self.data.forget_texts + retain
+        self.model, self.tokenizer = load_base(config.model, config.size, every, seed=config.seed)
+        rate = how.learning_rate
+        if how.shared:
+            self._teach("shared", self.model, retain, how.shared, rate)
+            rate /= 2
+        self.twin = deepcopy(self.model)
+        self._teach("taught", self.model, every, how.epochs, rate)
+        self._teach("twin", self.twin, retain, how.epochs, rate)
         asked = [[one.prompt, one.answers] for part in self.data.asked.values() for one in part]
         self.key = {
             "models": [fingerprint(self.model), fingerprint(self.twin)],
@@ -144,31 +153,22 @@ class _Study:
             "version": library_version(),
         }
 
-    def _taught(self, name: str, texts: Sequence[str]) -> tuple[nn.Module, Any]:
-        """Return a model that was taught some of the texts after what both know; its tokenizer has seen all."""
-        config, how, retain = self.config, self.teaching, self.data.retain_texts
-        every = self.data.forget_texts + retain
-        model, tokenizer = load_base(config.model, config.size, every, seed=config.seed)
-        parts = [
-            (name, texts, how.epochs, how.learning_rate / 2 if how.shared else how.learning_rate)
-        ]
-        if how.shared:
-            parts.insert(0, ("shared", retain, how.shared, how.learning_rate))
-        for part, own, epochs, rate in parts:
-            began = time.perf_counter()
-            self.losses[part] = teach(
-                model,
-                tokenizer,
-                own,
-                how,
-                epochs=epochs,
-                learning_rate=rate,
-                store=None if self.store is None else self.store / f"{part}.safetensors",
-                note=self._note(part),
-            )
-            spent = time.perf_counter() - began
-            self.seconds[part] = round(max(spent, self.seconds.get(part, 0.0)), 1)
-        return model.eval(), tokenizer
+    def _teach(
+        self, name: str, model: nn.Module, texts: Sequence[str], epochs: int, rate: float
+    ) -> None:
+        """Teach a model some texts, or read what was kept of it."""
+        began = time.perf_counter()
+        self.losses[name] = teach(
+            model,
+            self.tokenizer,
+            texts,
+            self.teaching,
+            epochs=epochs,
+            learning_rate=rate,
+            store=None if self.store is None else self.store / f"{name}.safetensors",
+            note=self._note(name),
+        )
+        self.seconds[name] = round(time.perf_counter() - began, 1)
 
     def _note(self, name: str) -> Callable[[int, int, Tensor], None]:
         began = time.perf_counter()

@@ -37,7 +37,7 @@ CONFIG = TofuConfig(
     steps=3,
     rates=(1.0, 4.0),
     size=TINY,
-    teaching=Teaching(epochs=3, learning_rate=5e-3, batch_size=20, max_length=96),
+    teaching=Teaching(shared=2, epochs=2, learning_rate=5e-3, batch_size=20, max_length=96),
 )
 
 
@@ -193,8 +193,9 @@ def test_teaching_teaches_and_is_deterministic(data: StudyData) -> None:
     for epochs in (1, 1, 6):
         model = build_model(TINY, tokenizer, seed=1)
         flags = [p.requires_grad for p in model.parameters()]
+        how = Teaching(batch_size=20)
         losses.append(
-            teach(model, tokenizer, data.retain_texts, Teaching(epochs=epochs, batch_size=20))
+            teach(model, tokenizer, data.retain_texts, how, epochs=epochs, learning_rate=2e-3)
         )
         assert [p.requires_grad for p in model.parameters()] == flags
     assert losses[0] == losses[1]
