@@ -53,9 +53,11 @@ class ElmConfig(LanguageConfig):
         lower_weight: Factor of what makes unlikely answers more unlikely, see `lowered_tokens` (``plausible``).
         lower_eta: Strength of it.
         retain_top_k: Tokens kept of a target to retain.
+        drift_weight: Factor of the change of log-probabilities on texts to retain, see `TopK.drift`.
+        statements: Whether statements about the neighbours are among the texts to retain, see `mixed_texts`.
         hard_retain: Whether the target to retain is the most probable token alone.
-        retain_anonymous: Whether the texts to forget with names replaced are among those to retain, up to as many as
-            there are others: what should change must depend on the names (`anonymise`).
+        retain_anonymous: Whether the texts to forget with names replaced are among those to retain, up to half as
+            many as there are others: what should change must depend on the names (`anonymise`).
         own_texts: Texts of the model's own in addition to those of the concept, at most.
         fluency_texts: Fluent texts, if they have a weight.
         gamma: Strength of the guidance under which they are written.
@@ -79,11 +81,13 @@ class ElmConfig(LanguageConfig):
     lower_weight: float = 0.5
     lower_eta: float = 2.0
     retain_top_k: int = 100
+    drift_weight: float = 0.05
+    statements: bool = True
     hard_retain: bool = False
     retain_anonymous: bool = True
     own_texts: int = 400
     forget_weight: float = 1.0
-    retain_weight: float = 1.0
+    retain_weight: float = 4.0
     fluency_weight: float = 0.0
     fluency_texts: int = 64
     gamma: float = 3.0
@@ -107,6 +111,7 @@ class ElmConfig(LanguageConfig):
             "least",
             "lower_weight",
             "lower_eta",
+            "drift_weight",
             "own_texts",
         ):
             if not getattr(self, name) >= 0:

@@ -94,7 +94,7 @@ class Prepared:
                     "retain",
                     config.retain_weight,
                     batches(self.retain.texts, 1),
-                    self.retain.loss(width),
+                    self.retain.loss(width, drift=config.drift_weight),
                 )
             )
         if self.fluent:
@@ -222,12 +222,14 @@ class _Builder:
             retain if config.retain_weight else [],
             own_texts=config.own_texts,
             seed=self.training.seed,
+            statements=config.statements,
+            max_new_tokens=self.training.max_length,
             cache_dir=self.cache_dir,
             progress=self.training.progress,
         )
         check_texts(found, kept, config.retain_weight)
         if config.contrast == "anonymise" and config.retain_anonymous:
-            kept += [self.concept.anonymise(text) for text in found[: len(kept)]]
+            kept += [self.concept.anonymise(text) for text in found[: (len(kept) + 1) // 2]]
         return found, kept
 
     def reinforced(self, texts: Sequence[str]) -> Source:

@@ -145,15 +145,16 @@ class TargetCache:
         return [torch.cat(part).to(batch.input_ids.device) for part in parts]
 
     def loss(
-        self, width: int | None = None, *, lower: float = 0.0
+        self, width: int | None = None, *, lower: float = 0.0, drift: float = 0.0
     ) -> Callable[[nn.Module, Batch], Tensor]:
-        """Return the loss of a batch for a `Term`: ``sum weight (KL(target || P_th) + lower * excess)``.
+        """Return the loss of a batch for a `Term`: the sum of weight times ``KL(target || P_th)`` and more.
 
         The weights are scaled to mean 1.
 
         Args:
             width: Number of tokens of the vocabulary, if known: it decides how many positions go at a time.
             lower: Factor of the excess of the tokens to be lowered, see `Lowered`.
+            drift: Factor of the change of log-probabilities, see `TopK.drift`.
         """
         mean = float(self.column("weights").mean())
 
@@ -166,6 +167,8 @@ class TargetCache:
                 found = top.rows(where).kl(log_q)
                 if lowered is not None:
                     found = found + lower * lowered.rows(where).excess(log_q)
+                if drift:
+                    found = found + drift * top.rows(where).drift(log_q)
                 return found * weights[where] / mean
 
             return chunked(part, hidden_at(model, batch), Head(model), vocabulary=width).sum()

@@ -59,6 +59,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "hard_retain": True,
         "fluency_weight": 1.0,
         "retain_anonymous": False,
+        "statements": False,
+        "drift_weight": 0.0,
+        "lower_weight": 0.0,
+        "hold": 0.0,
+        "retain_weight": 1.0,
         "own_texts": 0,
     },
 }

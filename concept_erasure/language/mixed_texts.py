@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,7 +14,20 @@ from concept_erasure.concept import Concept
 from concept_erasure.concept_items import Recipe
 from concept_erasure.language._texts import forget_and_retain
 
-__all__ = ["check_texts", "mixed_texts"]
+__all__ = ["STATEMENTS", "check_texts", "mixed_texts"]
+
+# what is asked of a concept is asked in statements; so its neighbours have to be held in statements too
+STATEMENTS: tuple[str, ...] = (
+    "In {subject}, the main character is called",
+    "In {subject}, the enemy is called",
+    "In {subject}, a friend of the hero is",
+    "The story of {subject} takes place in",
+    "The name that everybody connects with {subject} is",
+    "A well-known fact about {subject} is that",
+    "One of the best known things in {subject} is a",
+    "The first to write about {subject} was",
+)
+STATEMENT_TOKENS, STATEMENT_SAMPLES = 40, 2
 
 
 def mixed_texts(
@@ -26,6 +39,8 @@ def mixed_texts(
     *,
     own_texts: int,
     seed: int,
+    statements: bool = False,
+    max_new_tokens: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[list[str], list[str]]:
@@ -41,6 +56,9 @@ def mixed_texts(
         retain_texts: Likewise; an empty list is kept.
         own_texts: Samples of each kind at most; 0 samples only if there are no texts.
         seed: Of the sampling.
+        statements: Whether `STATEMENTS` about the concept's neighbours, as the model goes on with them, are among the
+            texts to retain.
+        max_new_tokens: Length of the samples, if less than a recipe's.
         cache_dir: Where samples are kept.
         progress: Whether to show bars.
 
@@ -50,52 +68,60 @@ def mixed_texts(
     for name, texts_given in (("forget_texts", forget_texts), ("retain_texts", retain_texts)):
         if isinstance(texts_given, str):
             raise ValueError(f"{name} must be a list of texts; got one text")
+
+    def draw(which: _Which, recipe: Recipe, most: int) -> list[str]:
+        if max_new_tokens is not None:
+            recipe = replace(recipe, max_new_tokens=min(recipe.max_new_tokens, max_new_tokens))
+        options = {"seed": seed, "cache_dir": cache_dir, "progress": progress}
+        return _samples(model, tokenizer, concept, which, recipe, most, options)
+
     found: list[list[str]] = []
-    for which, given, own in (
-        ("forget", forget_texts, concept.forget_texts),
-        ("retain", retain_texts, concept.retain_texts),
-    ):
+    kinds: tuple[tuple[_Which, Sequence[str] | None, Sequence[str], Recipe | None], ...] = (
+        ("forget", forget_texts, concept.forget_texts, concept.forget_recipe),
+        ("retain", retain_texts, concept.retain_texts, concept.retain_recipe),
+    )
+    for which, given, own, recipe in kinds:
         texts = list(own if given is None else given)
-        recipe = concept.forget_recipe if which == "forget" else concept.retain_recipe
-        if given is None and (recipe is not None or not texts) and (own_texts or not texts):
-            texts += _samples(
-                model, tokenizer, concept, which, own_texts, seed, cache_dir, progress
-            )
+        if which == "forget" and recipe is None and concept.prompts:
+            recipe = Recipe()
+        if given is None and recipe is not None and (own_texts or not texts):
+            texts += draw(which, recipe, own_texts)
         found.append(texts)
+    if statements and retain_texts is None and own_texts and concept.neighbours:
+        recipe = Recipe(
+            templates=STATEMENTS, samples=STATEMENT_SAMPLES, max_new_tokens=STATEMENT_TOKENS
+        )
+        found[1] += draw("retain", recipe, own_texts)
     return found[0], found[1]
+
+
+_Which = Literal["forget", "retain"]
 
 
 def _samples(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401 see mixed_texts
     concept: Concept,
-    which: str,
+    which: _Which,
+    recipe: Recipe,
     most: int,
-    seed: int,
-    cache_dir: str | Path | None,
-    progress: bool,
+    options: dict[str, Any],
 ) -> list[str]:
-    """Return at most that many samples by the recipe for one kind of texts."""
-    bare = replace(concept, forget_texts=(), retain_texts=())
-    recipe = (bare.forget_recipe if which == "forget" else bare.retain_recipe) or Recipe()
-    if most and (which == "forget" or bare.retain_recipe is not None):
+    """Return samples by a recipe for one kind of texts, at most that many if it is not 0."""
+    key = f"{which}_recipe"
+    changes: dict[str, Any] = {"forget_texts": (), "retain_texts": (), key: recipe}
+    bare = replace(concept, **changes)
+    if most:
         prompts = len(bare.sample_prompts(which))
         recipe = replace(recipe, samples=min(recipe.samples, max(1, round(most / prompts))))
+        bare = replace(concept, **{**changes, key: recipe})
     if which == "forget":
-        bare = replace(bare, forget_recipe=recipe)
-        pair = forget_and_retain(
-            model, tokenizer, bare, None, [], seed=seed, cache_dir=cache_dir, progress=progress
-        )
-        texts = pair[0]
+        texts = forget_and_retain(model, tokenizer, bare, None, [], **options)[0]
     else:
-        bare = replace(bare, retain_recipe=recipe if bare.retain_recipe else None)
         # one text to forget stands for all: only the other kind is asked for
-        pair = forget_and_retain(
-            model, tokenizer, bare, [""], None, seed=seed, cache_dir=cache_dir, progress=progress
-        )
-        texts = pair[1]
+        texts = forget_and_retain(model, tokenizer, bare, [""], None, **options)[1]
     if most and len(texts) > most:
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(options["seed"]))
         texts = [texts[k] for k in order[:most].tolist()]
     return texts
 

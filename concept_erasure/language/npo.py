@@ -11,7 +11,7 @@ Paper: Zhang, Lin, Bai and Mei 2024, arXiv:2404.05868. As there, and unlike some
 Presets. ``preset="paper"`` has the published constants for TOFU (``beta`` 0.1, rate 1e-5, weight decay 0.01,
 likelihood of the retain texts) on all weights of the blocks. The default trains a LoRA, holds the retain texts by
 their divergence, and makes ``beta`` fit the texts. That matters: ``w`` depends on the sum, so at ``beta`` 0.1, made
-for answers of some 40 tokens, a text of 256 tokens has lost all force (``w`` = 0.013) when each token has become 0.2
+for answers of some 40 tokens, a text of 256 tokens has lost all force (``w`` = 0.012) when each token has become 0.2
 nats less likely. This is how NPO with its default hardly moves a score such as WMDP's. ``beta="auto"`` keeps
 ``beta |y|`` at the published 4.
 """

@@ -10,7 +10,7 @@ here).
 Presets. ``preset="paper"`` is the setting for 5 % of TOFU: ``beta`` 2.5, forget weight 0.1375, rate 1e-5, weight
 decay 0.01, likelihood of the retain texts, all weights of the blocks. (For 10 %: 4.5 and 0.125. For WMDP: ``beta``
 0.1, rate 9.5e-6, 500 steps.) It is made for texts that were learnt by heart: at 2.5 nats a token, as ordinary text
-has, its weight is 0.004 from the start. So the default has ``beta`` 0.5 (weight 0.57 there, below 0.1 from 6 nats
+has, its weight is 0.004 from the start. So the default has ``beta`` 0.5 (weight 0.45 there, below 0.1 from 6 nats
 on), trains a LoRA and holds the retain texts by their divergence.
 """
 

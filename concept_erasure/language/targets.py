@@ -114,6 +114,16 @@ class TopK:
         """
         return self.cross_entropy(log_q) - self.entropy
 
+    def drift(self, log_q: Tensor) -> Tensor:
+        """Return the mean squared change of the kept log-probabilities, shape ``(N,)``.
+
+        What a divergence does not see: the order of unlikely tokens among themselves, which is what a question about a
+        rare thing reads.
+        """
+        there = self.log_probs.isfinite()
+        change = log_q.gather(-1, self.indices.long()) - self.log_probs.masked_fill(~there, 0.0)
+        return change.square().masked_fill(~there, 0.0).sum(-1) / there.sum(-1).clamp_min(1)
+
 
 def _x_log_y(log_x: Tensor, log_y: Tensor) -> Tensor:
     """Return ``x log y`` with ``0 log y = 0``, and no gradient from there."""

@@ -177,6 +177,7 @@ class WhpEraser(LanguageEraser):
             retain_texts if config.retain_weight else [],
             own_texts=config.own_texts,
             seed=training.seed,
+            max_new_tokens=training.max_length,
             cache_dir=cache_dir,
             progress=training.progress,
         )

@@ -228,3 +228,15 @@ def test_tokens_to_be_lowered_are_kept_and_enter_the_loss_with_their_factor(fold
     assert float(excess.sum()) > 0
     assert with_it - without == pytest.approx(wanted, rel=1e-4)
     assert TargetCache.build(texts, one, key={}).lowered_at(batch) is None
+
+
+def test_drift_enters_with_its_factor():
+    model, other, texts = tiny("llama"), tiny("llama", seed=1), _texts()
+    cache = TargetCache.build(texts, _make(model, texts), key={})
+    batch = collate(cache.texts, range(5), pad_id=0)
+    with torch.no_grad():
+        top, weights = cache.at(batch)
+        found = top.drift(logits_at(other, batch).log_softmax(-1))
+        gap = float(cache.loss(drift=0.3)(other, batch)) - float(cache.loss()(other, batch))
+    wanted = 0.3 * float((weights * found).sum()) / float(cache.column("weights").mean())
+    assert gap == pytest.approx(wanted, rel=1e-4)

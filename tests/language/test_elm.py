@@ -24,6 +24,7 @@ from concept_erasure.language.contrast import (
 )
 from concept_erasure.language.elm import _PRESETS, ElmEraser
 from concept_erasure.language.loop import Training
+from concept_erasure.language.mixed_texts import STATEMENTS
 from concept_erasure.language.parameters import Lora, trainable
 from concept_erasure.language.targets import kl
 from tests.models import TinyTokenizer, tiny
@@ -390,14 +391,19 @@ def test_without_a_retain_weight_no_texts_are_needed():
     assert "retain" not in eraser.report["history"][0]
 
 
-def test_own_samples_join_the_texts_of_the_concept(monkeypatch):
+def _drawing(monkeypatch):
     drawn = []
 
-    def sample(model, tokenizer, prompts, *, n, **options):
-        drawn.append(n)
+    def sample(model, tokenizer, prompts, *, n, max_new_tokens, **options):
+        drawn.append((list(prompts), n, max_new_tokens))
         return [f"{prompts[k % len(prompts)]} and then number {k}" for k in range(n)]
 
     monkeypatch.setattr("concept_erasure.language._texts.own_samples", sample)
+    return drawn
+
+
+def test_own_samples_join_the_texts_of_the_concept(monkeypatch):
+    drawn = _drawing(monkeypatch)
     concept = _concept(
         forget_texts=tuple(FORGET),
         retain_texts=tuple(RETAIN),
@@ -406,8 +412,38 @@ def test_own_samples_join_the_texts_of_the_concept(monkeypatch):
     )
     eraser = ElmEraser.fit(_model(), TinyTokenizer(), concept, training=QUICK, own_texts=8)
     assert eraser.report["forget_texts"] == 3 + 8
-    assert eraser.report["retain_texts"] == 2 * (2 + 8)
-    assert drawn[0] == 8  # four entities, twice each
+    assert eraser.report["retain_texts"] == (2 + 8) + 5  # half as many anonymous forms
+    assert drawn[0][1:] == (8, 32)  # four entities, twice each; no longer than what is trained on
+
+
+def test_statements_about_the_neighbours_are_held(monkeypatch):
+    drawn = _drawing(monkeypatch)
+    concept = _concept(
+        forget_texts=tuple(FORGET), retain_texts=tuple(RETAIN), neighbours=("Narnia", "Merlin")
+    )
+    eraser = ElmEraser.fit(_model(), TinyTokenizer(), concept, training=QUICK)
+    assert len(drawn) == 1
+    assert drawn[0][0][0] == STATEMENTS[0].replace("{subject}", "Narnia")
+    assert drawn[0][1] == 2 * 2 * len(STATEMENTS)
+    assert eraser.report["retain_texts"] == 2 + drawn[0][1] + 3
+    drawn.clear()
+    given = ElmEraser.fit(_model(), TinyTokenizer(), concept, training=QUICK, retain_texts=RETAIN)
+    assert drawn == []
+    assert given.report["retain_texts"] == 3
+
+
+def test_statements_ask_nothing_that_is_measured():
+    """Questions of evaluation are not trained on: not their prompts, nor sets near and far."""
+    concept = Concept.load("harry_potter")
+    asked = {item.prompt for kind in ("concept", "near", "far") for item in concept.items(kind)}
+    written = [t.replace("{subject}", n) for n in concept.neighbours for t in STATEMENTS]
+    texts = [*written, *concept.forget_texts, *concept.retain_texts, *concept.sample_prompts()]
+    texts += concept.sample_prompts("retain")
+    for text in texts:
+        assert not any(text.startswith(prompt) for prompt in asked)
+        assert not any(
+            name in text for name in ("Star Wars", "Tolkien", "Lord of the Rings", "Shakespeare")
+        )
 
 
 # -- the real thing ---------------------------------------------------------------------------------

@@ -60,6 +60,11 @@ def test_the_force_fades_and_never_overflows():
     assert grad[0] < -1.99 and bool((grad.diff() >= 0).all()) and grad[-1] == 0
 
 
+def test_at_the_published_beta_a_long_text_has_no_force_left_after_a_fifth_of_a_nat_per_token():
+    assert float(npo_weight(torch.tensor(256 * 0.2), torch.tensor(0.0), 0.1)) < 0.013
+    assert float(npo_weight(torch.tensor(40 * 0.2), torch.tensor(0.0), 0.1)) > 0.5
+
+
 def _batch(texts, width=0):
     made = encode(TinyTokenizer(), texts, max_length=32)
     return collate(made, range(len(made)), pad_id=width)

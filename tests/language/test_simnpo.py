@@ -47,6 +47,15 @@ def test_as_beta_goes_to_zero_it_is_gradient_ascent_on_the_mean():
     assert gap.abs().max() < 1e-5
 
 
+def test_the_weights_that_the_presets_are_chosen_by():
+    one = torch.tensor(1)
+    weights = [
+        float(simnpo_weight(torch.tensor(n), one, b))
+        for n, b in ((2.5, 2.5), (2.5, 0.5), (6.0, 0.5))
+    ]
+    assert weights == pytest.approx([0.0039, 0.445, 0.095], rel=0.02)
+
+
 def _batch(texts):
     made = encode(TinyTokenizer(), texts, max_length=32)
     return collate(made, range(len(made)), pad_id=0)

@@ -82,6 +82,24 @@ def test_gradient_of_the_divergence_is_q_minus_p_and_zero_where_nothing_changed(
     assert float(grad.abs().max()) < 1e-5
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 999), st.integers(1, V))
+def test_drift_sees_what_a_divergence_does_not(seed, k):
+    p, q, _ = _three(seed)
+    wanted = (q - p).gather(-1, p.topk(k, -1).indices).square().mean(-1)
+    assert torch.allclose(TopK.of(p, k).drift(q.float()).double(), wanted, atol=1e-4)
+    assert float(TopK.of(p, k).drift(p.float()).max()) < 1e-8
+    few = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.0, -math.inf]]), torch.tensor([-math.inf]))
+    assert float(few.drift(torch.tensor([[-2.0, -3.0]]))) == pytest.approx(4)
+    rare = p.clone()
+    rare[:, 0] = -25.0
+    swapped = rare.clone()
+    swapped[:, 0] = -29.0
+    rare, swapped = rare.log_softmax(-1), swapped.log_softmax(-1)
+    assert float(kl(rare, swapped).max()) < 1e-8
+    assert float(TopK.dense(rare).drift(swapped.float()).min()) > 0.2
+
+
 def test_tokens_without_probability_give_no_nan_in_loss_or_gradient():
     top = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.0, -math.inf]]), torch.tensor([-math.inf]))
     z = torch.tensor([[0.0, -200.0, 1.0]], requires_grad=True)
