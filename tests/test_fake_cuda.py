@@ -142,7 +142,12 @@ def test_variants_are_those_of_the_cpu(name: str) -> None:
 
 @pytest.mark.parametrize(
     "probe",
-    [CentroidProbe(), LinearProbe(C=1.0, tol=1e-3), SvmProbe(C=1.0, tol=1e-3), MlpProbe(max_epochs=3)],
+    [
+        CentroidProbe(),
+        LinearProbe(C=1.0, tol=1e-3),
+        SvmProbe(C=1.0, tol=1e-3),
+        MlpProbe(max_epochs=3),
+    ],
     ids=lambda probe: type(probe).__name__,
 )
 def test_probes_are_those_of_the_cpu(probe: Probe) -> None:
