@@ -37,7 +37,7 @@ __all__ = [
 
 IGNORE = -100
 POOL = 32  # batches whose texts are sorted by length together: little padding, and still shuffled
-CHUNK_VALUES = 2**26  # logits held at once by `chunked`, 256 MB in float32
+CHUNK_VALUES = 2**24  # logits held at once by `chunked`, 64 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,7 +353,7 @@ def chunked(
         loss: Function of logits ``(c, V)`` and of the places ``(c,)`` among the N they are for; returns ``(c,)``.
         hidden: Shape ``(N, d)``, see `hidden_at`.
         head: From hidden states to logits, a `Head`.
-        chunk: Positions at a time; default as many as make 2^26 logits.
+        chunk: Positions at a time; default as many as make 2^24 logits.
         vocabulary: V, needed for the default chunk only; default 2^17.
 
     Returns:

@@ -13,11 +13,22 @@ from concept_erasure.errors import ShapeError
 from concept_erasure.labels import Labels
 from concept_erasure.leakage import Folds, _scatter
 from concept_erasure.linalg import statistics_dtype
-from concept_erasure.linear.games import Game, GameLoss
+from concept_erasure.linear.games import (
+    Game,
+    GameLoss,
+    best_response,
+    row_losses,
+    top_directions,
+)
 
-__all__ = ["QUOTIENTS", "Frame", "Rows", "constant_loss"]
+__all__ = ["QUOTIENTS", "Frame", "Rows", "constant_loss", "suited_penalty"]
 
 QUOTIENTS = ("pls", "pca", "cca")  # losses with a closed form at any rank
+PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)  # what ``penalty="auto"`` chooses among
+JUDGED = (0, 1)  # of the five folds: those on which it chooses
+ROUGH = (
+    1e-5  # best responses while choosing are exact to this share of the constant predictor's loss
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,3 +195,23 @@ def _suited(loss: str, encoded: Tensor, width: int) -> str:
     if loss == "logistic" and width != 1:
         raise ValueError(f"loss='logistic' needs one column; got {width}: use 'multilabel'")
     return loss
+
+
+def suited_penalty(rows: Rows, k: int) -> float:
+    """Return the penalty with which a predictor does best on held-out rows once the k strongest directions are gone.
+
+    The game is won against the predictor it is played with. One that is free to fit the noise of the rows has the
+    directions of that noise removed, and a probe of other rows then reads the concept in what was left.
+    """
+    fold = rows.fold_numbers()
+    totals = [torch.zeros((), device=rows.x.device)] * len(PENALTIES)
+    for turn in JUDGED:
+        train, test = rows.take(fold != turn), rows.take(fold == turn)
+        frame = Frame.of(train)
+        game, judge = (frame.game(part, PENALTIES[0]) for part in (train, test))
+        v, answer = top_directions(game.pull(game.z)[:-1], k), None
+        for i, penalty in enumerate(PENALTIES):
+            answer = best_response(game.with_penalty(penalty), v, answer, decrement=ROUGH)
+            losses = row_losses(judge.loss, judge.scores(answer.weights), judge.z)
+            totals[i] = totals[i] + losses.sum()
+    return PENALTIES[int(torch.stack(totals).argmin())]

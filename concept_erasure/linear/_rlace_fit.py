@@ -19,7 +19,13 @@ from concept_erasure.errors import ErasureWarning, ShapeError
 from concept_erasure.labels import LabelKind
 from concept_erasure.leakage import FOLDS, Folds, held_out_gap, remaining_gap
 from concept_erasure.linalg import LowRankAffine, MetricSolver, Moments
-from concept_erasure.linear._rlace_data import QUOTIENTS, Frame, Rows, constant_loss
+from concept_erasure.linear._rlace_data import (
+    QUOTIENTS,
+    Frame,
+    Rows,
+    constant_loss,
+    suited_penalty,
+)
 from concept_erasure.linear.alternating import PRESETS, GameSettings, solve_relaxed
 from concept_erasure.linear.games import (
     Game,
@@ -41,6 +47,7 @@ __all__ = ["Fit", "HeldOut", "Report", "certified", "rayleigh_factors", "solve"]
 HeldOut = tuple[object, object] | Representations
 Report = dict[str, object]
 Z_975 = 1.96
+USUAL_PENALTY = 1e-3  # where there is nothing to choose by
 CERTIFIED = 1e-5  # differences from cvxpy beyond which there is a warning
 
 
@@ -169,6 +176,15 @@ class Fit:
             return "fantope"
         return "closed form" if self.k >= self.guarding.shape[1] else "factored"
 
+    @cached_property
+    def penalty(self) -> float:
+        """Weight of the predictor's squared norm, given or chosen."""
+        if not isinstance(self.config.penalty, str):
+            return self.config.penalty
+        if self.solver != "factored" or not self.folds.ready:
+            return USUAL_PENALTY
+        return suited_penalty(self.rows, self.k)
+
     def covariance(self) -> Tensor:
         moments = Moments(self.rows.x.shape[1], self.rows.width, device=self.rows.x.device)
         return moments.update(self.rows.x, self.rows.encoded).sigma_xx
@@ -223,7 +239,7 @@ class Fit:
         if self.solver != "factored" or self.held_out is not None or not self.folds.ready:
             return None
         rows = self.rows.take(self.rows.fold_numbers() >= 2)
-        return replace(self, rows=rows, config=replace(self.config, starts=1))
+        return replace(self, rows=rows, config=replace(self.config, starts=1, penalty=self.penalty))
 
 
 def solve(fits: Sequence[Fit]) -> list[tuple[LowRankAffine, Report]]:
@@ -256,10 +272,11 @@ def solve(fits: Sequence[Fit]) -> list[tuple[LowRankAffine, Report]]:
 def _play(fits: Sequence[Fit]) -> list[tuple[Tensor, Report]]:
     """Return directions ``(d, k)`` and report of each fit by the factored solver."""
     frames = [Frame.of(fit.rows) for fit in fits]
-    games = [
-        frame.game(fit.rows, fit.config.penalty) for frame, fit in zip(frames, fits, strict=True)
+    games = [frame.game(fit.rows, fit.penalty) for frame, fit in zip(frames, fits, strict=True)]
+    shapes = [
+        (game.rows.shape, game.z.shape, fit.k, fit.penalty)
+        for game, fit in zip(games, fits, strict=True)
     ]
-    shapes = [(game.rows.shape, game.z.shape, fit.k) for game, fit in zip(games, fits, strict=True)]
     out: dict[int, tuple[Tensor, Report]] = {}
     for shape in dict.fromkeys(shapes):
         places = [i for i, other in enumerate(shapes) if other == shape]
@@ -288,16 +305,17 @@ def _told(frame: Frame, game: Game, solution: Solution, turn: int) -> tuple[Tens
     )
     report = Report(solver="factored", history=[rise * frame.unit for rise in rises])
     report |= {"value": value, _loss_name(game.loss): loss, "entropy": ceiling}
+    report["penalty"] = game.penalty
     return torch.linalg.qr(frame.lift(solution.v[turn]))[0], report
 
 
 def _fantope(fit: Fit) -> tuple[Tensor, Report]:
     """Return directions ``(d, k)`` and report of the published game."""
     config, frame = fit.config, Frame.of(fit.rows)
-    game = frame.game(fit.rows, config.penalty)
+    game = frame.game(fit.rows, fit.penalty)
     dev = None
     if fit.held_out is not None:
-        dev = frame.game(fit.held_out.take(slice(0, None, 2)), config.penalty)
+        dev = frame.game(fit.held_out.take(slice(0, None, 2)), fit.penalty)
     k = min(fit.k, game.x.shape[1])
     found = solve_relaxed(game, k, fit.settings, seed=config.seed, dev=dev)
     before = Game.of(game.x - game.x @ found.q, game.z.T, game.loss, game.penalty)
@@ -311,6 +329,7 @@ def _fantope(fit: Fit) -> tuple[Tensor, Report]:
         "rounding_loss": (relaxed - float(answer.value)) * unit,
         "eigenvalue_gap": found.gap,
         "step": found.step,
+        "penalty": game.penalty,
         "value": float(answer.value) * unit,
         _loss_name(game.loss): float(answer.loss) * unit,
         "entropy": float(game.ceiling) * unit,
@@ -335,12 +354,12 @@ def _leakage(fit: Fit, map_: LowRankAffine, again: tuple[Tensor, Report] | None)
         out = held_out_gap([map_] * FOLDS, other.pairs, torch.Tensor.clone, whitening)
         if fit.solver != "closed form":
             even = rows.fold_numbers() % 2 == 0
-            out |= _fresh_probe(rows, map_, (even, ~even), fit.config.penalty)
+            out |= _fresh_probe(rows, map_, (even, ~even), fit.penalty)
         return out
     if again is not None:
         fold = fit.rows.fold_numbers()
         refit = LowRankAffine(again[0], again[0], fit.folds.rests[0].mean_x)
-        return _fresh_probe(fit.rows, refit, (fold == 0, fold == 1), fit.config.penalty)
+        return _fresh_probe(fit.rows, refit, (fold == 0, fold == 1), fit.penalty)
     pls = fit.rows.loss not in ("pca", "cca")
     if fit.solver != "closed form" or not pls or not fit.folds.ready:
         return {}  # playing the alternating game again, or more covariances, is the caller's choice
@@ -380,7 +399,7 @@ def _fresh_probe(
 
 
 def certified(fit: Fit, map_: LowRankAffine) -> Report:
-    found = certificate(fit.rows, map_, fit.config.penalty)
+    found = certificate(fit.rows, map_, fit.penalty)
     worst = max(value for name, value in found.items() if name != "oracle_value")
     if not worst <= CERTIFIED:
         warnings.warn(

@@ -122,7 +122,7 @@ def test_a_solution_is_stationary() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_brute_force_over_angles(seed: int) -> None:
     x, z = sample(300, 2, 3, seed=seed)
-    eraser = RlaceEraser.fit(x, z, k=1)
+    eraser = RlaceEraser.fit(x, z, k=1, penalty=1e-3)
     centred = x - x.mean(0)
     plain = Game.of(centred / centred.square().mean().sqrt(), one_hot(z, 3), "cross_entropy")
     angles = torch.linspace(0, math.pi, 181, dtype=torch.float64)[:-1]
@@ -354,6 +354,19 @@ def test_save_load_space_and_masks(tmp_path: Path) -> None:
         assert torch.equal(Eraser.from_pretrained(folder)(x), eraser(x))  # type: ignore[operator]
 
 
+def test_the_penalty_suits_the_rows() -> None:
+    """With few rows the game is played against a predictor that does not fit their noise."""
+    x, z = six_classes(900)
+    many = RlaceEraser.fit(x, z, k=2, starts=1)
+    few = RlaceEraser.fit(x[:150], z[:150], k=2, starts=1)
+    assert number(many, "penalty") < number(few, "penalty") <= 0.1
+    given = RlaceEraser.fit(x[:150], z[:150], k=2, starts=1, penalty=number(few, "penalty"))
+    assert given.report["value"] == few.report["value"]
+    assert RlaceEraser.fit(x[:15], z[:15], k=2, starts=1).report["penalty"] == 1e-3
+    both = RlaceEraser.fit_layers({"a": x[:150], "b": 3 * x[:150, :12]}, z[:150], k=2, starts=1)
+    assert torch.equal(both["a"].proj_left, few.proj_left)
+
+
 def test_bad_input_raises() -> None:
     x, z = sample(100, 4, 3)
     for options, words in (
@@ -364,6 +377,7 @@ def test_bad_input_raises() -> None:
         ({"preset": "paper"}, "constants of solver='fantope'"),
         ({"loss": "logistic"}, "two classes"),
         ({"penalty": 0.0}, "positive"),
+        ({"penalty": "much"}, "positive and finite, or 'auto'"),
         ({"loss": "pls", "solver": "fantope"}, "closed form"),
         ({"loss": "pca"}, "needs k"),
     ):
