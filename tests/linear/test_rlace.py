@@ -13,7 +13,7 @@ from torch import Tensor
 from concept_erasure.collect import Representations
 from concept_erasure.eraser import Eraser
 from concept_erasure.errors import ErasureWarning, ShapeError
-from concept_erasure.linear._rlace_fit import rayleigh_factors
+from concept_erasure.linear._rlace_fit import Fit, rayleigh_factors
 from concept_erasure.linear.alternating import PRESETS, GameSettings
 from concept_erasure.linear.games import (
     Game,
@@ -24,7 +24,7 @@ from concept_erasure.linear.games import (
     top_directions,
 )
 from concept_erasure.linear.leace import LeaceEraser
-from concept_erasure.linear.rlace import RlaceEraser
+from concept_erasure.linear.rlace import RlaceConfig, RlaceEraser
 from concept_erasure.probes import LinearProbe
 from tests.linear.samples import cross_covariance, one_hot, sample
 
@@ -356,15 +356,15 @@ def test_save_load_space_and_masks(tmp_path: Path) -> None:
 
 def test_the_penalty_suits_the_rows() -> None:
     """With few rows the game is played against a predictor that does not fit their noise."""
-    x, z = six_classes(900)
-    many = RlaceEraser.fit(x, z, k=2, starts=1)
-    few = RlaceEraser.fit(x[:150], z[:150], k=2, starts=1)
-    assert number(many, "penalty") < number(few, "penalty") <= 0.1
-    given = RlaceEraser.fit(x[:150], z[:150], k=2, starts=1, penalty=number(few, "penalty"))
-    assert given.report["value"] == few.report["value"]
-    assert RlaceEraser.fit(x[:15], z[:15], k=2, starts=1).report["penalty"] == 1e-3
-    both = RlaceEraser.fit_layers({"a": x[:150], "b": 3 * x[:150, :12]}, z[:150], k=2, starts=1)
-    assert torch.equal(both["a"].proj_left, few.proj_left)
+    x, z = six_classes(900, 12)
+    many, few, tiny = (Fit.of(RlaceConfig(k=2), x[:n], z[:n], z_kind="auto") for n in (900, 90, 15))
+    assert many.penalty < few.penalty <= 0.1
+    assert tiny.penalty == 1e-3
+    layers = {"a": x[:90], "b": 3 * x[:90, :6]}
+    erasers = RlaceEraser.fit_layers(layers, z[:90], k=2, starts=1)
+    assert erasers["a"].report["penalty"] == few.penalty
+    alone = RlaceEraser.fit(layers["b"], z[:90], k=2, starts=1)
+    assert torch.equal(erasers["b"].proj_left, alone.proj_left)
 
 
 def test_bad_input_raises() -> None:
