@@ -33,7 +33,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) install --quiet -c constraints.txt -e '.[certify,diffusion,evals,peft]' --group dev
+	$(PIP) install --quiet -c constraints.txt -e '.[certify,diffusion,evals,peft,sae]' --group dev
 	$(PIP) install --quiet --no-deps open-clip-torch==3.3.0 # for its vocabulary file only
 	@touch $@
 

@@ -104,6 +104,7 @@ _PLACES = {
     "utils": ("assert_type",),
 }
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
+_ROOMS = ("diffusion", "evals", "probes", "sae")  # packages, loaded on first use as well
 
 __version__ = "0.1.0"
 
@@ -174,6 +175,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
@@ -194,7 +197,7 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_ROOMS})
 
 
 def _warn_about_namesake() -> None:
