@@ -7,7 +7,8 @@ answers it cannot know, and its distributions everywhere else.
 
 Run it with ``python -m concept_erasure.evals.tofu_small --data FOLDER --out FILE``, FOLDER holding TOFU's
 ``forget10.json`` and ``world_facts.json`` (Maini et al. 2024, arXiv:2401.06121; MIT). About 20 minutes on one core for
-the default model, hours for SmolLM2. What is finished is kept beside FILE, so that an interrupted run goes on.
+the default model, hours for SmolLM2. What is finished is kept beside FILE, so that an interrupted run goes on; delete
+it after changing a method.
 """
 
 from __future__ import annotations
@@ -302,7 +303,7 @@ def run(
             say(f"{name} at {factor:g} times its rate: {found['status']}")
             tried.append((factor, found))
         rows += _method_rows(name, tried)
-    study.seconds["all"] = round(time.perf_counter() - began, 1)
+    study.seconds["this run"] = round(time.perf_counter() - began, 1)
     title = "TOFU in small: erased models against the one that never knew"
     return Report(title, rows, study.meta(), NOTES)
 

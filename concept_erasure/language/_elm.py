@@ -66,7 +66,7 @@ class ElmConfig(LanguageConfig):
 
     contrast: str = "auto"
     target: Literal["plausible", "raw"] = "plausible"
-    eta: float = 3.0
+    eta: float = 5.0
     ramped: bool = False
     temperature: float = 1.0
     top_k: int = 50
@@ -79,7 +79,7 @@ class ElmConfig(LanguageConfig):
     most: float = 5.0
     hold: float = 0.1
     lower_weight: float = 0.5
-    lower_eta: float = 2.0
+    lower_eta: float = 3.0
     retain_top_k: int = 100
     drift_weight: float = 0.05
     statements: bool = True
@@ -211,8 +211,14 @@ def retain_targets(reading: Reading, config: ElmConfig) -> Targets:
     return Targets(top, weights, reading.rows, reading.places)
 
 
-def early_layers(model: nn.Module) -> tuple[int, ...]:
-    """Return layers N/8 to N/4 of N: the paper's 4 to 7 of 32, where facts are looked up."""
+def early_layers(model: nn.Module, *, first: float = 1 / 8, end: float = 1 / 4) -> tuple[int, ...]:
+    """Return a range of layers by their share of all: the paper's 4 to 7 of 32, where facts are looked up.
+
+    Args:
+        model: The model.
+        first: Where the range begins.
+        end: Where it ends; one layer at least is in it.
+    """
     n = sum(name.startswith("residual.") for name in find_sites(model))
-    first = round(n / 8)
-    return tuple(range(first, max(first + 1, round(n / 4))))
+    start = round(n * first)
+    return tuple(range(start, max(start + 1, round(n * end))))

@@ -98,16 +98,15 @@ class ElmEraser(LanguageEraser):
                 weight_decay=0.01,
             )
         return Training(
-            steps=200, learning_rate=1e-3, batch_size=8, max_length=64, warmup=5, schedule="linear"
+            steps=200, learning_rate=1e-3, batch_size=8, max_length=48, warmup=5, schedule="linear"
         )
 
     @classmethod
     def default_lora(cls, model: nn.Module, preset: Preset = "default") -> Lora:
         """Return what `fit` trains by itself."""
-        layers = early_layers(model)
         if preset == "paper":
-            return Lora(rank=256, alpha=16.0, dropout=0.05, layers=layers)
-        return Lora(layers=layers)
+            return Lora(rank=256, alpha=16.0, dropout=0.05, layers=early_layers(model))
+        return Lora(layers=early_layers(model, first=1 / 10, end=1 / 3))
 
     @classmethod
     def fit(  # noqa: PLR0913 options are spelled out
@@ -130,6 +129,9 @@ class ElmEraser(LanguageEraser):
         widen_from: float | None = None,
         widen_to: int | None = None,
         hold: float | None = None,
+        lower_weight: float | None = None,
+        lower_eta: float | None = None,
+        drift_weight: float | None = None,
         own_texts: int | None = None,
         forget_weight: float | None = None,
         retain_weight: float | None = None,
@@ -160,6 +162,9 @@ class ElmEraser(LanguageEraser):
             widen_from: Contrast from which the candidates are widened.
             widen_to: How many there are then.
             hold: Factor of positions without contrast in texts to forget, which are held.
+            lower_weight: Factor of what makes unlikely answers more unlikely, see `lowered_tokens`.
+            lower_eta: Strength of it; see `eta`.
+            drift_weight: Factor of the change of log-probabilities on texts to retain, see `TopK.drift`.
             own_texts: Samples of the model's own, at most, of each kind.
             forget_weight: Factor of the term.
             retain_weight: Factor of the term; 0 leaves it out.
@@ -183,6 +188,9 @@ class ElmEraser(LanguageEraser):
             "widen_from": widen_from,
             "widen_to": widen_to,
             "hold": hold,
+            "lower_weight": lower_weight,
+            "lower_eta": lower_eta,
+            "drift_weight": drift_weight,
             "own_texts": own_texts,
             "forget_weight": forget_weight,
             "retain_weight": retain_weight,
@@ -190,6 +198,7 @@ class ElmEraser(LanguageEraser):
         }
         config = ElmConfig(concept=concept.name, preset=preset, **chosen(given, _PRESETS, preset))
         training = training or cls.default_training(preset, domain)
+        layers = cls.default_lora(model, preset).layers
         lora = lora or cls.default_lora(model, preset)
         made = prepare(
             model,
@@ -206,7 +215,7 @@ class ElmEraser(LanguageEraser):
             cls,
             model,
             config=made.config,
-            spec=lora if lora.layers is not None else replace(lora, layers=early_layers(model)),
+            spec=lora if lora.layers is not None else replace(lora, layers=layers),
             terms=made.terms(training, pad=pad_id(tokenizer), width=vocabulary(model)),
             training=training,
             report=made.report,

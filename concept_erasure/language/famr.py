@@ -208,7 +208,7 @@ class FamrEraser(LanguageEraser):
         """Return the options of the loop that `fit` uses by itself."""
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-        return Training(steps=200, learning_rate=2e-4, batch_size=8)
+        return Training(steps=200, learning_rate=1e-3, batch_size=8)
 
     @classmethod
     def fit(  # noqa: PLR0913 options are spelled out
@@ -227,7 +227,7 @@ class FamrEraser(LanguageEraser):
         positions: Positions | None = None,
         contrast: ContrastSource | Literal["auto"] = "auto",
         top_k: int | None = None,
-        inside: bool = False,
+        inside: bool = True,
         lora: Lora | None = None,
         raw: Raw | None = None,
         training: Training | None = None,
@@ -248,15 +248,16 @@ class FamrEraser(LanguageEraser):
             target: ``elm``, anchored ELM; ``uniform`` over the likeliest `top_k` tokens; ``renormalised``, without the
                 token of the text; ``given``. Default ``elm``.
             given: For ``given``, from ``log p_0`` ``(N, V)`` and the tokens ``(N,)`` to ``log q`` ``(N, V)``.
-            rho: Strength of the anchor; ``auto``: the first-order step ``|grad G| / rho`` is 1 % of the norm of the
-                weights that may change.
+            rho: Strength of the anchor; ``auto``: the first-order step ``|grad G| / rho`` is 30 % of the norm of the
+                weights that may change. The run ends at about a tenth of that, since the gradient falls on the way.
             retain_weight: Of ``KL(p_0 || p)`` on retain texts; default 1.
             positions: ``contrast``: those where expert and novice differ. ``all``. Default ``contrast`` where there
                 is a source of contrast.
             contrast: ``anonymise`` or ``persona``; ``auto``: the first where the concept has entities, else the
                 second. It has to carry a signal of 0.5 nats wherever it is used.
             top_k: Tokens kept of a target; default 20.
-            inside: Leave the anchor in the loss, where Adam rescales it; see `fit_classifier`.
+            inside: Leave the anchor in the loss. Outside, where Adam cannot rescale it, Adam's steps do not shrink with
+                the gradient, so that the same F was reached at twice the distance and more, and J rose with large rho.
             lora: What to train; default a `Lora` of rank 16 on all blocks.
             raw: Parameters to train instead.
             training: Options of the loop; default `default_training`.

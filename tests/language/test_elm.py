@@ -103,7 +103,7 @@ def test_fit_leaves_the_model_bit_identical_and_trains_the_chosen_layers_only(ki
     eraser = _fit(model)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     layers = {int(next(p for p in path.split(".") if p.isdigit())) for path in eraser.modules}
-    assert layers == set(early_layers(model))
+    assert layers == set(ElmEraser.default_lora(model).layers)
     changed = [n for n in eraser.weights if n.endswith("lora_left") and eraser.weights[n].any()]
     assert changed
     with eraser.apply(model):

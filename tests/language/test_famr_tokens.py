@@ -285,7 +285,7 @@ def test_other_architectures(kind: str) -> None:
     assert "signal" not in made.report  # no contrast was used, so none was asked for
 
 
-def test_auto_rho_is_the_one_percent_rule(model: nn.Module) -> None:
+def test_auto_rho_is_its_rule(model: nn.Module) -> None:
     made = fit(
         model, rho="auto", target="uniform", positions="all", training=replace(TRAINING, steps=1)
     )
@@ -297,7 +297,7 @@ def test_auto_rho_is_the_one_percent_rule(model: nn.Module) -> None:
     parts = torch.autograd.grad(-log_q.gather(1, best).mean(), every)
     size = math.sqrt(sum(float(g.square().sum()) for g in parts))
     scale = math.sqrt(sum(float(p.detach().square().sum()) for p in every))
-    assert made.certificate.rho == pytest.approx(size / (0.01 * scale), rel=1e-3)
+    assert made.certificate.rho == pytest.approx(size / (0.3 * scale), rel=1e-3)
 
 
 def test_the_same_seed_gives_the_same_bits(model: nn.Module, tmp_path: Path) -> None:
