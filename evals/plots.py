@@ -6,6 +6,7 @@ Written straight to files by matplotlib's Agg backend; no window, no global stat
 from __future__ import annotations
 
 import importlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from concept_erasure.errors import ShapeError, missing_extra
 from concept_erasure.report import Interval
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.figure import Figure
 
     from concept_erasure.probes import ProbeResult
@@ -235,6 +237,8 @@ def plot_tradeoff(
 ) -> Path:
     """Draw leak against size of edit: a panel a probe, a point with its interval a method.
 
+    Methods that are one map on these data, equal in every number to three digits, share a point.
+
     Args:
         leaks: Probe to method to leak.
         edits: Method to size of edit, for every method in ``leaks``.
@@ -255,12 +259,15 @@ def plot_tradeoff(
         raise ValueError("there is nothing to draw; measure at least one method")
     if lacking := [name for name in methods if name not in edits]:
         raise ValueError(f"no size of edit for {', '.join(lacking)}; give one for every method")
-    figure = _figure(1.0 + 3.6 * len(leaks), 4.2)
+    points = _points(methods, leaks, edits)
+    figure = _figure(3.0 + 3.3 * len(leaks), 4.2)
     panels = figure.subplots(1, len(leaks), sharex=True, squeeze=False, sharey=True)[0]
     for panel, (probe, rows) in zip(panels, leaks.items(), strict=True):
         panel.axhline(chance, color="grey", linewidth=1, linestyle=":")
-        for method, leak in rows.items():
-            place = methods.index(method)
+        for place, (method, label) in enumerate(points.items()):
+            if method not in rows:
+                continue
+            leak = rows[method]
             panel.errorbar(
                 [edits[method]],
                 [leak.value],
@@ -268,14 +275,37 @@ def plot_tradeoff(
                 fmt=_MARKERS[place // len(_COLORS) % len(_MARKERS)],
                 color=_COLORS[place % len(_COLORS)],
                 capsize=3,
-                label=method,
+                label=label,
             )
         panel.set_title(probe)
         panel.set_xlabel("size of edit, share of the variance")
     panels[0].set_ylabel(leak_label)
-    panels[-1].legend(frameon=False, fontsize="small")
+    found: dict[str, Artist] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    figure.legend(
+        list(found.values()),
+        list(found),
+        loc="outside right upper",
+        frameon=False,
+        fontsize="small",
+    )
     figure.suptitle(title)
     return _write(figure, path)
+
+
+def _points(
+    methods: Sequence[str],
+    leaks: Mapping[str, Mapping[str, Interval]],
+    edits: Mapping[str, float],
+) -> dict[str, str]:
+    """Return the first method of each point of a trade-off, and the names of all that lie there."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for method in methods:
+        values = [rows[method].value if method in rows else float("nan") for rows in leaks.values()]
+        found.setdefault(tuple(f"{v:.2e}" for v in [edits[method], *values]), []).append(method)
+    return {names[0]: textwrap.fill(", ".join(names), 24) for names in found.values()}
 
 
 def plot_points(

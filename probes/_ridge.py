@@ -34,6 +34,7 @@ __all__ = [
     "check_ridge",
     "check_scaling",
     "fit_ridge",
+    "input_unit",
     "input_units",
     "principal",
 ]
@@ -48,7 +49,7 @@ WHITEN_FLOOR = 1e-6
 """Directions below this part of the median variance count as this large: float32 rounding is below."""
 
 CAP = 20.0
-"""``"cap"`` leaves no direction larger than this many times the median deviation."""
+"""``"cap"`` leaves no direction larger than this many times the median deviation; a kernel has its own."""
 
 _FOLDS = 5
 _LEAST_ROWS = 20
@@ -100,14 +101,14 @@ class Axes:
     variance: Tensor
     typical: Tensor
 
-    def scale(self, scaling: Scaling) -> Tensor:
-        """Return the square of the unit of each direction, shape ``[r]``."""
+    def scale(self, scaling: Scaling, cap: float = CAP) -> Tensor:
+        """Return the square of the unit of each direction, shape ``[r]``; ``cap`` is for ``"cap"`` alone."""
         if scaling == "global":
             return (self.variance.sum() / len(self.mean)).expand_as(self.variance)
         if scaling == "median":
             return self.typical.expand_as(self.variance)
         if scaling == "cap":
-            return (self.variance / CAP**2).clamp(min=self.typical)
+            return (self.variance / cap**2).clamp(min=self.typical)
         if scaling == "clip":
             return self.variance.clamp(min=self.typical)
         if scaling == "whiten":
@@ -161,8 +162,8 @@ class InputUnits:
         return (x - self.mean) @ self.basis
 
 
-def input_units(x: Tensor, scaling: Scaling) -> list[InputUnits]:
-    """Return the units to try for data ``[n, d]``; one unless ``scaling`` is ``"auto"``.
+def input_units(x: Tensor, scaling: Scaling, *, cap: float = CAP) -> list[InputUnits]:
+    """Return the units to try for data ``[n, d]``; one unless ``scaling`` is ``"auto"``. ``cap`` is for ``"cap"``.
 
     No unit is right for all data, so a probe takes the one with the lowest loss on rows held out. Whitening is tried
     only with twice as many rows as directions: with fewer it tells noise from concept no better than chance.
@@ -173,14 +174,15 @@ def input_units(x: Tensor, scaling: Scaling) -> list[InputUnits]:
         axes = principal(x)
         if scaling == "auto" and len(x) >= 2 * axes.rows.shape[1]:
             kinds = (*kinds, "whiten")
-    return [_input_unit(x, axes, kind) for kind in kinds]
+    return [input_unit(x, axes, kind, cap) for kind in kinds]
 
 
-def _input_unit(x: Tensor, axes: Axes | None, kind: Scaling) -> InputUnits:
+def input_unit(x: Tensor, axes: Axes | None, kind: Scaling, cap: float = CAP) -> InputUnits:
+    """Return one kind of unit for data ``[n, d]``; ``axes`` may be None where no direction is scaled."""
     if axes is None or kind == "feature":
         unit = units(x, kind if kind in ("global", "feature") else None)
         return InputUnits(kind, unit.mean, torch.diag(1 / unit.scale))
-    square = axes.scale(kind)
+    square = axes.scale(kind, cap)
     size = (axes.variance / square).sum() / max(len(square), 1)  # an input has a mean square of one
     size = torch.where(size > 0, size, torch.ones_like(size))
     return InputUnits(kind, axes.mean, axes.basis / (square * size).sqrt())

@@ -33,6 +33,9 @@ Kind = Literal["exact", "nystroem", "fourier"]
 _MEDIAN_ROWS = 1000
 _STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 _WIDTHS = (1.0, 4.0)
+CAP = 5.0
+"""``standardize="cap"`` leaves no direction larger than this many times the median deviation: a distance adds up all
+directions, so a large one hides more from a kernel than from a network, whose weights can go against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,8 @@ class KernelProbe:
         exact_rows: Most training vectors for which the full kernel matrix is used.
         approximation: What stands for the kernel above: ``"nystroem"`` or ``"fourier"``.
         features: Landmarks or Fourier features above. Higher is closer to the exact kernel.
-        standardize: Units of the vectors, as in `MlpProbe`; ``"auto"`` chooses with C and gamma.
+        standardize: Units of the vectors, as in `MlpProbe`, but ``"cap"`` caps at five times the median deviation;
+            ``"auto"`` chooses with C and gamma.
         held_out: Share of each class on which ``"auto"`` chooses, in (0, 1).
         batch_rows: Vectors whose kernel is computed at once.
         seed: Determines the landmarks or frequencies, the pairs for the median, and the held-out share.
@@ -238,7 +242,7 @@ class KernelProbe:
         """Return kernel and penalty with the lowest loss on a held-out share, unless given."""
         penalties = list(_STRENGTHS) if isinstance(self.C, str) else [float(self.C)]
         options = (self.standardize == "auto", self.gamma == "auto", self.C == "auto")
-        found = input_units(matrix, self.standardize)
+        found = input_units(matrix, self.standardize, cap=CAP)
         if not any(options) or int(torch.bincount(index).max()) < 2:  # nothing to choose by
             return next(self._frames(matrix, found[0])), penalties[0]
         generator = torch.Generator().manual_seed(self.seed)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from concept_erasure.eraser import RepresentationEraser
 from concept_erasure.linear.inlp import InlpEraser
-from concept_erasure.probes import CentroidProbe, LinearProbe, MlpProbe, Probe, SvmProbe
+from concept_erasure.probes import (
+    CentroidProbe,
+    KernelProbe,
+    LinearProbe,
+    MlpProbe,
+    Probe,
+    SvmProbe,
+)
 from concept_erasure.registry import METHODS
 from concept_erasure.testing import EraserBattery, ToyModel, make_data
 from tests.fake_cuda import OnCuda, fake_cuda, to_cuda, to_host
@@ -147,6 +154,7 @@ def test_variants_are_those_of_the_cpu(name: str) -> None:
         LinearProbe(C=1.0, tol=1e-3),
         SvmProbe(C=1.0, tol=1e-3),
         MlpProbe(max_epochs=3),
+        KernelProbe(C=1.0, gamma=0.5, standardize="cap"),
     ],
     ids=lambda probe: type(probe).__name__,
 )

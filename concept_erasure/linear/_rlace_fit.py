@@ -28,6 +28,8 @@ from concept_erasure.linear._rlace_data import (
 )
 from concept_erasure.linear.alternating import PRESETS, GameSettings, solve_relaxed
 from concept_erasure.linear.games import (
+    ROUGH_TOLERANCE,
+    TOLERANCE,
     Game,
     Solution,
     best_response,
@@ -247,7 +249,7 @@ def solve(fits: Sequence[Fit]) -> list[tuple[LowRankAffine, Report]]:
     games = [fit for fit in fits if fit.solver == "factored"]
     refits = {id(fit): again for fit in games if (again := fit.refit()) is not None}
     played = dict(zip(map(id, games), _play(games), strict=True))
-    replayed = dict(zip(refits, _play(list(refits.values())), strict=True))
+    replayed = dict(zip(refits, _play(list(refits.values()), ROUGH_TOLERANCE), strict=True))
     out = []
     for fit in fits:
         if id(fit) in played:
@@ -269,8 +271,8 @@ def solve(fits: Sequence[Fit]) -> list[tuple[LowRankAffine, Report]]:
     return out
 
 
-def _play(fits: Sequence[Fit]) -> list[tuple[Tensor, Report]]:
-    """Return directions ``(d, k)`` and report of each fit by the factored solver."""
+def _play(fits: Sequence[Fit], tolerance: float = TOLERANCE) -> list[tuple[Tensor, Report]]:
+    """Return directions ``(d, k)`` and report of each fit by the factored solver; it stops at ``tolerance``."""
     frames = [Frame.of(fit.rows) for fit in fits]
     games = [frame.game(fit.rows, fit.penalty) for frame, fit in zip(frames, fits, strict=True)]
     shapes = [
@@ -289,7 +291,7 @@ def _play(fits: Sequence[Fit]) -> list[tuple[Tensor, Report]]:
         begin = top_directions(game.pull(game.z)[..., :-1, :], fits[places[0]].k)
         config = fits[places[0]].config
         scouts = max(2, config.starts - 1) if config.starts > 1 else 0
-        solution = solve_factored(game, begin, scouts=scouts, seed=config.seed)
+        solution = solve_factored(game, begin, scouts=scouts, seed=config.seed, tolerance=tolerance)
         for turn, i in enumerate(places):
             out[i] = _told(frames[i], game, solution, turn)
     return [out[i] for i in range(len(fits))]

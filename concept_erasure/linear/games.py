@@ -39,11 +39,11 @@ GameLoss = Literal["cross_entropy", "logistic", "multilabel", "squared"]
 CONVEX_ROUNDS = 10
 GRASSMANN_ROUNDS = 120
 TOLERANCE = 1e-6  # relative gain below which a round counts as no progress
+ROUGH_TOLERANCE = 1e-4  # likewise until the best of several solutions is known
 PATIENCE = 3
 SOLVED = 1e-6  # distance to the constant predictor's loss at which nothing is left to win
 DECREMENT = 1e-8  # best responses are exact to this share of the constant predictor's loss
-COARSE = 1e-6  # likewise on the way to a start
-ROUGH = 1e-4  # likewise of scouts
+ROUGH = 1e-4  # likewise on the way to a start
 SCOUTED = (10.0, 3.0)  # multiples of the penalty after scouting; scouts play the first
 SCOUTED_ROWS = 4096
 PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0)
@@ -400,7 +400,7 @@ def solve_factored(
 
     The game has several local solutions, fewer the larger the penalty. So it is played with large penalties first,
     each solution the start of the next game. Scouts start from random directions the concept spans, on a sample of
-    the rows; the better of the two that come highest is played out too, and the best of both is the solution.
+    the rows; the better of the two that come highest is played too, and the best of both is played out.
 
     Args:
         game: Data and loss.
@@ -417,12 +417,13 @@ def solve_factored(
     given = Solution(start, best_response(game, start))
     here = _better(_lead(game, start, ladder), given) if ladder else given
     here = replace(here, history=[given.response.value, here.response.value])
-    here = _climb(game, here, CONVEX_ROUNDS, rounds, tolerance, DECREMENT)
+    rough = max(tolerance, ROUGH_TOLERANCE)
+    here = _climb(game, here, CONVEX_ROUNDS, rounds, rough, DECREMENT)
     if scouts:
         one, two = (_lead(game, v, SCOUTED) for v in _scout(game, start.shape[-1], scouts, seed))
-        away = _climb(game, _better(one, two), CONVEX_ROUNDS, rounds, tolerance, DECREMENT)
+        away = _climb(game, _better(one, two), CONVEX_ROUNDS, rounds, rough, DECREMENT)
         here = _noted(_better(away, here))
-    return here
+    return _ascend(game, here, rounds, tolerance, DECREMENT) if tolerance < rough else here
 
 
 def _better(new: Solution, old: Solution) -> Solution:
@@ -435,8 +436,8 @@ def _lead(game: Game, v: Tensor, ladder: tuple[float, ...]) -> Solution:
     warm = None
     for multiple in ladder:
         easier = game.with_penalty(game.penalty * multiple)
-        stage = Solution(v, best_response(easier, v, warm, decrement=COARSE))
-        stage = _climb(easier, stage, CONVEX_ROUNDS, 10, 1e-3, COARSE)
+        stage = Solution(v, best_response(easier, v, warm, decrement=ROUGH))
+        stage = _climb(easier, stage, CONVEX_ROUNDS, 10, 1e-3, ROUGH)
         v, warm = stage.v, stage.response
     return Solution(v, best_response(game, v, warm))
 

@@ -208,7 +208,7 @@ class RlaceEraser(RepresentationEraser):
     ) -> dict[str, RlaceEraser]:
         """Fit one eraser a layer, playing the games of layers of one shape side by side.
 
-        What comes out is what `fit` gives for each layer. Memory is that of all layers together.
+        What comes out is what `fit` gives for each layer, but for rounding. Memory is that of all layers together.
 
         Args:
             layers: For each name what `fit` takes as ``x``.

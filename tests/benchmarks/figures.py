@@ -14,14 +14,17 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tests.benchmarks import vectors
+from tests.benchmarks.rlace import UNSEEN, WEAK
 
 Row = dict[str, Any]
 METHODS = ("R-LACE", "SAL", "INLP", "original")  # columns of the games that start so are methods
-UNSEEN = ", unseen rows"
+PROBES = {UNSEEN: "rows not seen", "": "rows of the fit", WEAK: "rows of the fit, C=1"}
+DRAWN = (UNSEEN, "")
 COLORS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#2e4057")
 MISSING = (
     "*Not measured in this version; {command} does, then `python -m tests.benchmarks.figures`.*\n"
@@ -29,61 +32,71 @@ MISSING = (
 
 
 def methods_of(rows: list[Row], suffix: str) -> list[str]:
-    """Return the methods that every row measured, on the rows of the fit (no suffix) or unseen ones."""
+    """Return the methods that a probe measured in every row."""
     found = [name for name in rows[0] if name.startswith(METHODS) and name.endswith(suffix)]
     return [
         name
         for name in found
-        if (suffix or not name.endswith(UNSEEN))
+        if (suffix or not name.endswith((UNSEEN, WEAK)))
         and all(isinstance(row.get(name), float) for row in rows)
     ]
 
 
-def panels_of(games: list[Row]) -> list[tuple[str, list[Row], str]]:
-    """Return title, rows and suffix of each picture's panel."""
+def panels_of(games: list[Row], probes: tuple[str, ...]) -> list[tuple[str, list[Row], str]]:
+    """Return title, rows and suffix of each panel."""
     panels = []
     for data in dict.fromkeys(row["data"] for row in games):
         rows = [row for row in games if row["data"] == data]
         panels += [
-            (f"{data}, {'rows not seen' if suffix else 'rows of the fit'}", rows, suffix)
-            for suffix in ("", UNSEEN)
+            (f"{data}, {PROBES[suffix]}", rows, suffix)
+            for suffix in probes
             if methods_of(rows, suffix)
         ]
     return panels
 
 
 def draw_games(games: list[Row], path: Path) -> None:
-    """Draw the log-loss of a fresh probe against the rank: mean and range over seeds."""
-    panels = panels_of(games)
-    figure = Figure(figsize=(1 + 3.6 * len(panels), 3.8), layout="constrained")
+    """Draw the log-loss of a fresh probe against the rank: mean and range over seeds, a row of panels a data set."""
+    panels = panels_of(games, DRAWN)
+    high = -(-len(panels) // len(DRAWN))
+    figure = Figure(figsize=(9, 0.6 + 3.4 * high), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = list(figure.subplots(high, len(DRAWN), squeeze=False).flat)
     for axis, (title, rows, suffix) in zip(axes, panels, strict=True):
-        ranks = sorted({row["k"] for row in rows})
-        for color, name in zip(COLORS, methods_of(rows, suffix), strict=False):
-            values = [[row[name] for row in rows if row["k"] == k] for k in ranks]
-            middle = [mean(some) for some in values]
-            spread = [
-                [m - min(some) for m, some in zip(middle, values, strict=True)],
-                [max(some) - m for m, some in zip(middle, values, strict=True)],
-            ]
-            label = name.removesuffix(suffix)
-            axis.errorbar(
-                ranks, middle, yerr=spread, color=color, marker="o", capsize=3, label=label
-            )
-        axis.axhline(mean(row["entropy"] for row in rows), color="grey", linestyle=":")
+        draw_panel(axis, rows, suffix)
         axis.set_title(title, fontsize="medium")
+    for axis in axes[-len(DRAWN) :]:
         axis.set_xlabel("directions removed")
-        axis.set_xticks(ranks)
-    axes[0].set_ylabel("log-loss of a fresh linear probe, nats")
-    axes[0].legend(frameon=False, fontsize="small")
+    for axis in axes[:: len(DRAWN)]:
+        axis.set_ylabel("log-loss of a fresh linear probe, nats")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def draw_panel(axis: Axes, rows: list[Row], suffix: str) -> None:
+    """Draw the methods of one panel side by side at each rank, with the entropy."""
+    ranks = sorted({row["k"] for row in rows})
+    names = methods_of(rows, suffix)
+    for i, (color, name) in enumerate(zip(COLORS, names, strict=False)):
+        values = [[row[name] for row in rows if row["k"] == k] for k in ranks]
+        middle = [mean(some) for some in values]
+        spread = [
+            [m - min(some) for m, some in zip(middle, values, strict=True)],
+            [max(some) - m for m, some in zip(middle, values, strict=True)],
+        ]
+        places = [k + 0.08 * (i - (len(names) - 1) / 2) for k in ranks]
+        label = name.removesuffix(suffix)
+        axis.errorbar(places, middle, yerr=spread, color=color, marker="o", capsize=3, label=label)
+    level = mean(row["entropy"] for row in rows)
+    axis.axhline(level, color="grey", linestyle=":", label="entropy (nothing to read)")
+    axis.set_xticks(ranks)
 
 
 def games_table(games: list[Row]) -> str:
     """Return the numbers of the picture, a line a panel and rank."""
     parts = []
-    for title, rows, suffix in panels_of(games):
+    for title, rows, suffix in panels_of(games, tuple(PROBES)):
         names = methods_of(rows, suffix)
         seeds = sorted({row["seed"] for row in rows})
         head = ["directions", *(name.removesuffix(suffix) for name in names), "entropy"]
@@ -98,6 +111,37 @@ def games_table(games: list[Row]) -> str:
             lines.append(f"| {k} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def seconds_table(games: list[Row]) -> str:
+    """Return the CPU seconds of each method, a line a data set."""
+    names = methods_of(games, "")
+    lines = [
+        "CPU seconds of a fit, mean over ranks and seeds (most):",
+        "",
+        "| data | " + " | ".join(names) + " |",
+        "|" + "---|" * (len(names) + 1),
+    ]
+    for data in dict.fromkeys(row["data"] for row in games):
+        rows = [row for row in games if row["data"] == data]
+        spent = [[row[f"seconds of {name}"] for row in rows] for name in names]
+        cells = [f"{mean(some):.3g} ({max(some):.3g})" for some in spent]
+        lines.append(f"| {data}, {rows[0]['n']} x {rows[0]['d']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def times_table(times: dict[str, float]) -> str:
+    """Return the CPU seconds of the closed form beside those of the original."""
+    lines = ["| two classes, 20,000 x 768 | CPU s |", "|---|---|"]
+    names = {
+        "fit": "R-LACE, in closed form",
+        "pass_of_moments": "a pass that adds up mean and covariance, as for LEACE",
+        "pass_of_cross_moments": "the pass that R-LACE makes, without the covariance of x",
+    }
+    for name, spent in times.items():
+        shown = f"{spent:,.0f}" if spent > 1000 else f"{spent:.3g}"
+        lines.append(f"| {names.get(name, name)} | {shown} |")
+    return "\n".join(lines)
 
 
 def rlace(folder: Path) -> str:
@@ -116,8 +160,9 @@ def rlace(folder: Path) -> str:
         f"- {row['goal']}: {row['value']:.3g} (wanted {row.get('want', 'less')})" for row in goals
     )
     original = result.get("original")
-    said = f"The original is its authors' code, {original}.\n\n" if original else ""
-    return f"{line}{games_table(games)}\n\n{said}{text}\n"
+    said = f"The original is its authors' code, {original}. " if original else ""
+    parts = [line + games_table(games), said + seconds_table(games), text]
+    return "\n\n".join([*parts, times_table(result["cpu_seconds"])]) + "\n"
 
 
 def words(folder: Path) -> str:

@@ -122,8 +122,9 @@ def losses_of(v: Tensor, fit: Sample, other: Sample, penalty: float) -> dict[str
         WEAK: LinearProbe(C=1.0, standardize=None),
     }
     out = {name: probe.fit(seen, z).log_loss(seen, z) for name, probe in probes.items()}
-    fresh = LinearProbe().fit(unseen[::2], more_z[::2])
-    return out | {UNSEEN: fresh.log_loss(unseen[1::2], more_z[1::2])}
+    half = len(unseen) // 2
+    fresh = LinearProbe().fit(unseen[:half], more_z[:half])
+    return out | {UNSEEN: fresh.log_loss(unseen[half:], more_z[half:])}
 
 
 def closed_form(original: Original | None) -> tuple[list[Row], Row]:

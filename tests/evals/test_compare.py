@@ -12,7 +12,7 @@ from torch import Tensor
 from concept_erasure import LeaceEraser, registry
 from concept_erasure.errors import ShapeError
 from concept_erasure.evals.compare import BASELINE, Comparison, _parts, compare
-from concept_erasure.evals.plots import plot_tradeoff
+from concept_erasure.evals.plots import _points, plot_tradeoff
 from concept_erasure.probes import LinearProbe, evaluate
 from concept_erasure.report import Interval, Report
 from tests.probes.test_linear import data
@@ -164,3 +164,14 @@ def test_tradeoff_plot_mistakes(tmp_path: Path) -> None:
         plot_tradeoff({"linear": {}}, {}, tmp_path / "a.png")
     with pytest.raises(ValueError, match="size of edit for leace"):
         plot_tradeoff({"linear": {"leace": Interval(0.5, 0.4, 0.6)}}, {}, tmp_path / "a.png")
+
+
+def test_methods_that_are_one_map_share_a_point() -> None:
+    place = Interval(0.6, 0.5, 0.7)
+    rows = {"sal": place, "leace": Interval(0.61, 0.5, 0.7), "orth": place}
+    leaks = {"linear": rows, "mlp": {"sal": place, "leace": place, "orth": place}}
+    names = ["sal", "leace", "orth"]
+    together = _points(names, leaks, {"sal": 0.03, "leace": 0.03, "orth": 0.03000001})
+    assert together == {"sal": "sal, orth", "leace": "leace"}
+    apart = _points(names, leaks, {"sal": 0.03, "leace": 0.03, "orth": 0.031})
+    assert list(apart) == names

@@ -452,9 +452,9 @@ def test_games_side_by_side_are_games_alone() -> None:
     found = solve_factored(many, top_directions(many.pull(many.z)[:, :-1], 2), scouts=3)
     for i, one in enumerate(games):
         alone = solve_factored(one, top_directions(one.pull(one.z)[:-1], 2), scouts=3)
-        assert float(found.response.value[i]) == pytest.approx(
-            float(alone.response.value), rel=1e-9
-        )
+        value = float(alone.response.value)
+        # scouts play in single precision, and its rounding depends on how many games there are
+        assert float(found.response.value[i]) == pytest.approx(value, rel=1e-7)
         assert cosine(found.v[i], alone.v) > 1 - 1e-6
 
 

@@ -182,3 +182,13 @@ def test_too_few_vectors_to_hold_out() -> None:
 def test_bad_options(options: dict[str, object], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         KernelProbe(**options)  # type: ignore[arg-type]
+
+
+def test_a_large_direction_enters_a_distance_at_five_times_the_median() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 7, generator=draw, dtype=torch.float64) * torch.logspace(0, 4, 7)
+    x = x @ torch.linalg.qr(torch.randn(7, 7, generator=draw, dtype=torch.float64))[0]
+    plain = torch.linalg.svdvals(x - x.mean(0)).flip(0)
+    fitted = KernelProbe(C=1.0, gamma=1.0, standardize="cap").fit(x, x[:, 0] > 0)
+    seen = torch.linalg.svdvals((x - fitted.mean) @ fitted.basis).flip(0)
+    torch.testing.assert_close(seen / seen[3], (plain / plain[3]).clamp(max=5))
