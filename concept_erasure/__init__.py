@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from concept_erasure.language.famr import FamrEraser
     from concept_erasure.language.grad_ascent import GradAscentEraser
     from concept_erasure.language.npo import NpoEraser
+    from concept_erasure.language.redirect import RedirectEraser
     from concept_erasure.language.rmu import RmuEraser
     from concept_erasure.language.simnpo import SimNpoEraser
     from concept_erasure.language.whp import WhpEraser
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from concept_erasure.linear.scrubbing import ConceptScrubber
     from concept_erasure.linear.splince import SplinceEraser
     from concept_erasure.report import Report
+    from concept_erasure.sae.embedding import EmbeddingEditEraser
+    from concept_erasure.sae.gate import SaeGateEraser
+    from concept_erasure.sae.pisces import PiscesEraser
     from concept_erasure.sites import Site, Space, find_sites
     from concept_erasure.utils import assert_type
 
@@ -84,6 +88,7 @@ _PLACES = {
     "language.famr": ("FamrEraser",),
     "language.grad_ascent": ("GradAscentEraser",),
     "language.npo": ("NpoEraser",),
+    "language.redirect": ("RedirectEraser",),
     "language.rmu": ("RmuEraser",),
     "language.simnpo": ("SimNpoEraser",),
     "language.whp": ("WhpEraser",),
@@ -100,6 +105,9 @@ _PLACES = {
     "linear.scrubbing": ("ConceptScrubber",),
     "linear.splince": ("SplinceEraser",),
     "report": ("Report",),
+    "sae.embedding": ("EmbeddingEditEraser",),
+    "sae.gate": ("SaeGateEraser",),
+    "sae.pisces": ("PiscesEraser",),
     "sites": ("Site", "Space", "find_sites"),
     "utils": ("assert_type",),
 }
@@ -116,6 +124,7 @@ __all__ = [
     "Edit",
     "EditError",
     "ElmEraser",
+    "EmbeddingEditEraser",
     "Eraser",
     "ErasureMethod",
     "ErasureWarning",
@@ -136,17 +145,20 @@ __all__ = [
     "NpoEraser",
     "OracleEraser",
     "OracleFitter",
+    "PiscesEraser",
     "QuadraticEditor",
     "QuadraticEraser",
     "QuadraticFitter",
     "QuantileNormalizer",
     "RealEraEraser",
     "ReceEraser",
+    "RedirectEraser",
     "Report",
     "RepresentationEraser",
     "Representations",
     "RlaceEraser",
     "RmuEraser",
+    "SaeGateEraser",
     "SalEraser",
     "SalFitter",
     "ShapeError",

@@ -36,7 +36,7 @@ MODES = {
     "concept": "a concept in a language model (--concept)",
     "pipe": "a text-to-image pipeline (--pipe)",
 }
-FAMILIES = {"concept": ("language",), "pipe": ("diffusion",), "vectors": (), "texts": ()}
+FAMILIES = {"concept": ("language", "sae"), "pipe": ("diffusion",), "vectors": (), "texts": ()}
 
 
 def say(text: str = "") -> None:
@@ -120,6 +120,8 @@ def family_of(method: str, mode: str) -> registry.Method:
     entry = registry.get(method)
     needs = {
         "language": "it erases a concept from a language model: give --model and --concept",
+        "sae": "it edits a model through a sparse dictionary: give --model, --concept and, for most, --option "
+        "disentanglers=FOLDER",
         "diffusion": "it edits a text-to-image pipeline: give --pipe and --erase",
     }
     allowed = FAMILIES[mode]

@@ -16,6 +16,7 @@ import tyro
 
 from concept_erasure import registry
 from concept_erasure._cli_common import check_options, load_eraser, say
+from concept_erasure._commands_sae import Find, Sae, Train
 
 __all__ = ["COMMANDS", "OPTIONS", "Apply", "Command", "Compare", "Eval", "Fit", "Place", "Source"]
 
@@ -453,9 +454,12 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "apply": Apply,
     "eval": Eval,
     "compare": Compare,
+    "sae": Sae,
     "card": Card,
     "demo": Demo,
 }
 OPTIONS = frozenset(
-    option.name for command in COMMANDS.values() for option in fields(cast("Any", command))
-)
+    option.name
+    for command in (*COMMANDS.values(), Train, Find)
+    for option in fields(cast("Any", command))
+) - {"command"}

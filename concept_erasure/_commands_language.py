@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,13 +84,49 @@ def fit_concept(command: Fit) -> None:
     named: dict[str, Any] = _named(command)
     if command.cache_dir is not None:
         named["cache_dir"] = command.cache_dir
-    if not sys.stderr.isatty():
+    known = signature(kind.fit).parameters
+    if not sys.stderr.isatty() and "training" in known:
         named["training.progress"] = False
     options = fit_options(name, kind, named, given_options(command.option))
+    parts = _dictionaries(name, kind, options)
+    if unused := [f"--{key.replace('_', '-')}" for key in texts if key not in known]:
+        raise ValueError(f"method {name!r} reads no texts: leave out {unused[0]}")
     model, tokenizer = _load(command)
-    eraser = kind.fit(model, tokenizer, concept, **{**entry.options, **texts, **options})
+    eraser = kind.fit(model, tokenizer, concept, **{**entry.options, **texts, **options, **parts})
     eraser.save_pretrained(command.out)
     announce(eraser, command.out)
+
+
+def _dictionaries(name: str, kind: type[Any], options: Mapping[str, Any]) -> dict[str, object]:
+    """Return the sparse dictionaries and features of a method, read from the folders that its options name.
+
+    Raises:
+        ValueError: If the method needs a dictionary and none is named.
+        FileNotFoundError: If a folder is not there.
+    """
+    from concept_erasure.sae.disentangler import Disentangler
+
+    known = signature(kind.fit).parameters
+    read: dict[str, object] = {}
+    for option in ("disentangler", "disentanglers"):
+        if option not in known:
+            continue
+        given = options.get(option)
+        if given is None:
+            raise ValueError(
+                f"method {name!r} needs a sparse dictionary: give its folder as the option {option!r}; "
+                "`concept-erasure sae train` makes one"
+            )
+        folders = given if isinstance(given, list) else [given]
+        found = [Disentangler.from_pretrained(str(folder)) for folder in folders]
+        if option == "disentangler" and len(found) > 1:
+            raise ValueError(f"method {name!r} takes one dictionary; got {len(found)}")
+        read[option] = found[0] if len(found) == 1 else {one.site: one for one in found}
+    if "features" in known and isinstance(options.get("features"), str):
+        from concept_erasure.sae.search import FeatureTable
+
+        read["features"] = FeatureTable.load(options["features"])
+    return read
 
 
 def eval_concept(command: Eval) -> None:
@@ -145,13 +182,8 @@ def _check_suite(suite: list[str]) -> None:
 
 def compare_concept(command: Compare) -> None:
     """Fit several methods on a concept; write table and plot, and print the table."""
-    from concept_erasure.evals.language_study import (
-        Protocol,
-        Study,
-        Trial,
-        plot_study,
-        study_report,
-    )
+    from concept_erasure.evals.language_study import Protocol, Study, Trial
+    from concept_erasure.evals.language_study_tables import plot_study, study_report
 
     methods = comma_names(command.methods) or [n for n in COMPARED if n in registry.names()]
     if len(set(methods)) < len(methods):

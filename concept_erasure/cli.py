@@ -1,9 +1,9 @@
-"""Command line: ``concept-erasure list | fit | apply | eval | compare | card | demo``.
+"""Command line: ``concept-erasure list | fit | apply | eval | compare | sae | card | demo``.
 
 This module only starts the program: it turns every expected error into one line on standard error
 and exit code 2. The commands and their options are in ``_commands.py``, what they do is in
-``_commands_vectors.py``, ``_commands_language.py`` and ``_commands_pipe.py``, reading files is in
-``_cli_data.py``.
+``_commands_vectors.py``, ``_commands_language.py``, ``_commands_pipe.py`` and ``_commands_sae.py``,
+reading files is in ``_cli_data.py``.
 """
 
 from __future__ import annotations

@@ -272,7 +272,11 @@ class Edit:
     def _check_commit(self) -> None:
         if self._state == "undone":
             raise EditError(f"{self.label} was undone: there is nothing to commit")
-        if any(isinstance(patch, HookPatch | LoraPatch) for patch in self._patches):
+        hooks = (
+            isinstance(p, HookPatch | LoraPatch) or getattr(p, "is_hook", False)
+            for p in self._patches
+        )
+        if any(hooks):
             raise EditError(
                 f"{self.label} is attached by hooks and cannot be committed; undo it, or use apply()"
             )

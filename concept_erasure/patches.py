@@ -76,8 +76,13 @@ class WatchedPatch(Protocol):
         ...
 
 
-def check_writable(model: nn.Module, name: str) -> nn.Parameter:
+def check_writable(model: nn.Module, name: str, *, tied: bool = False) -> nn.Parameter:
     """Return a parameter that can be changed in place.
+
+    Args:
+        model: The model.
+        name: Of the parameter.
+        tied: Whether it may be one parameter with another name: both change then.
 
     Raises:
         EditError: If it is missing, tied to another, quantised, sharded or off-loaded; the message names it.
@@ -87,7 +92,7 @@ def check_writable(model: nn.Module, name: str) -> nn.Parameter:
         raise EditError(f"the model has no parameter {name!r}")
     parameter = named[name]
     ties = [other for other, p in named.items() if p is parameter and other != name]
-    if ties:
+    if ties and not tied:
         raise EditError(
             f"{name!r} is tied to {ties[0]!r}: changing it changes both; untie them or use attach()"
         )
@@ -280,11 +285,21 @@ class LowRankPatch:
 
 @dataclass
 class ColumnPatch:
-    """Replace some columns of a 2-D parameter; keeps the originals of only those."""
+    """Replace some columns of a 2-D parameter, or some rows; keeps the originals of only those.
+
+    Attributes:
+        target: Name of the parameter, shape ``(m, n)``.
+        columns: Which, shape ``(k,)``, int64, each once.
+        values: The new values, shape ``(m, k)``, or ``(k, n)`` of rows.
+        axis: 1 for columns, 0 for rows.
+        tied: Whether the parameter may have two names; see `check_writable`.
+    """
 
     target: str
     columns: Tensor
     values: Tensor
+    axis: int = 1
+    tied: bool = False
     _original: Tensor | None = field(default=None, repr=False)
     _written: tuple[torch.dtype, int] | None = field(default=None, repr=False)
 
@@ -300,48 +315,52 @@ class ColumnPatch:
 
     def apply(self, model: nn.Module) -> float:
         """Change the model and return the norm of the change."""
-        parameter = check_writable(model, self.target)
+        parameter = check_writable(model, self.target, tied=self.tied)
+        what = ("rows", "columns")[self.axis]
         columns = self.columns.to(parameter.device)
-        if self.values.shape != (parameter.shape[0], len(columns)):
+        size, other = parameter.shape[self.axis], parameter.shape[1 - self.axis]
+        wanted = (other, len(columns)) if self.axis else (len(columns), other)
+        if self.values.shape != wanted:
             raise ShapeError(
-                f"{len(columns)} columns of {self.target!r} are {(parameter.shape[0], len(columns))}; "
-                f"the patch is {tuple(self.values.shape)}"
+                f"{len(columns)} {what} of {self.target!r} are {wanted}; the patch is {tuple(self.values.shape)}"
             )
-        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < parameter.shape[1]:
-            raise EditError(f"columns of {self.target!r} must be 0..{parameter.shape[1] - 1}")
+        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < size:
+            raise EditError(f"{what} of {self.target!r} must be 0..{size - 1}")
         cast = self.values.to(parameter.device, parameter.dtype)
         if not bool(torch.isfinite(cast).all()):
             raise EditError(
-                f"the new columns of {self.target!r} are not finite in {parameter.dtype}"
+                f"the new {what} of {self.target!r} are not finite in {parameter.dtype}"
             )
-        self._original = parameter.detach()[:, columns].clone()
-        with torch.no_grad():
-            parameter[:, columns] = cast
-        self._written = _mark(parameter.detach()[:, columns])
+        self._original = self._held(parameter).clone()
+        self._put(parameter, cast)
+        self._written = _mark(self._held(parameter))
         return _norm(cast - self._original)
+
+    def _held(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().index_select(self.axis, self.columns.to(parameter.device))
+
+    @torch.no_grad()
+    def _put(self, parameter: Tensor, values: Tensor) -> None:
+        parameter.index_copy_(self.axis, self.columns.to(parameter.device), values)
 
     def before(self, value: Tensor | None) -> Tensor | None:
         """Return a copy with the columns put back."""
         if value is None or self._original is None:
             return value
         whole = value.clone()
-        whole[:, self.columns.to(whole.device)] = self._original.to(whole.device)
+        self._put(whole, self._original.to(whole.device))
         return whole
 
     def changed(self, model: nn.Module) -> tuple[str, ...]:
         """Return the target if something else was written into the columns since."""
-        parameter = model.get_parameter(self.target).detach()
-        held = parameter[:, self.columns.to(parameter.device)]
+        held = self._held(model.get_parameter(self.target))
         return self.targets if _differs(held, self._written) else ()
 
     def undo(self, model: nn.Module) -> None:
         """Restore every bit."""
         if self._original is not None:
             parameter = model.get_parameter(self.target)
-            with torch.no_grad():
-                parameter[:, self.columns.to(parameter.device)] = self._original.to(
-                    parameter.device
-                )
+            self._put(parameter, self._original.to(parameter.device))
 
     def commit(self) -> None:
         """Drop what is kept for the way back."""

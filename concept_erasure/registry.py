@@ -207,6 +207,14 @@ METHODS: dict[str, Method] = {
             paper="FAMR 2025, arXiv:2506.14515 (reconstructed from the abstract)",
         ),
         Method(
+            name="redirect",
+            family="language",
+            target="concept_erasure.language.redirect:RedirectEraser",
+            guarantees=frozenset(),
+            summary="Read the concept's names as those of somebody unknown, inside the model.",
+            paper="ours; after arXiv:2403.03218 and arXiv:2410.02760",
+        ),
+        Method(
             name="rmu",
             family="language",
             target="concept_erasure.language.rmu:RmuEraser",
@@ -255,6 +263,30 @@ METHODS: dict[str, Method] = {
             guarantees=frozenset(),
             summary="Train on labels from which what a reinforced model would say more has been taken away.",
             paper="Eldan and Russinovich 2023, arXiv:2310.02238",
+        ),
+        Method(
+            name="pisces",
+            family="sae",
+            target="concept_erasure.sae.pisces:PiscesEraser",
+            guarantees=frozenset(),
+            summary="Rewrite the MLP value vectors that carry a concept's sparse features; closed form, no training.",
+            paper="Gur-Arieh et al. 2025, arXiv:2505.22586",
+        ),
+        Method(
+            name="embedding-edit",
+            family="sae",
+            target="concept_erasure.sae.embedding:EmbeddingEditEraser",
+            guarantees=frozenset(),
+            summary="Take a concept's sparse factors out of its tokens' embeddings; goes with an edit of the MLPs.",
+            paper="Suslik, Shafran and Geva 2026, arXiv:2606.03695 (EMBER)",
+        ),
+        Method(
+            name="sae-gate",
+            family="sae",
+            target="concept_erasure.sae.gate:SaeGateEraser",
+            guarantees=frozenset(),
+            summary="Turn a concept's sparse features against it, by hooks and only in prompts that use them.",
+            paper="Tian et al. 2025, arXiv:2503.09446 (ItD)",
         ),
     )
 }

@@ -408,7 +408,7 @@ def erasure_card(eraser: Eraser, evaluation: Report | None = None) -> str:
         f"- {name.replace('_', ' ')}: {text}"
         for name, text in ({} if entry is None else _promises(entry)).items()
     ]
-    language = entry is not None and entry.family == "language"
+    language = entry is not None and entry.family in {"language", "sae"}
     held = {key: value for key, value in eraser.report.items() if key not in _LONG}
     sections = {
         "Fitted": _lines(_fitted(eraser, entry)),

@@ -1,5 +1,7 @@
 """The battery every representation eraser has to pass, for our methods and for plug-ins.
 
+Erasers that change a model and have no map on vectors have one of their own, `ModelEraserBattery`.
+
 A registry entry declares its guarantees; the battery runs the check of each declared guarantee and the
 checks all erasers share. A plug-in tests itself in three lines::
 
@@ -28,11 +30,12 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from concept_erasure._model_battery import CheckFailed, ModelEraserBattery
 from concept_erasure.eraser import Eraser, RepresentationEraser
 from concept_erasure.errors import EditError, ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.registry import Method, get
 
-__all__ = ["CheckFailed", "EraserBattery", "ToyModel", "make_data"]
+__all__ = ["CheckFailed", "EraserBattery", "ModelEraserBattery", "ToyModel", "make_data"]
 
 Fit: TypeAlias = Callable[[Tensor, Tensor], RepresentationEraser]
 Call: TypeAlias = Callable[..., Tensor]
@@ -64,10 +67,6 @@ SHARED = (
     "constant-label",
 )
 IN_MODEL = ("attach", "attach-raises", "apply")
-
-
-class CheckFailed(AssertionError):  # noqa: N818 it says what happened
-    """An eraser does not keep what it declares; the message gives the number and the bound."""
 
 
 class ToyModel(nn.Module):

@@ -24,23 +24,29 @@ from torch import nn
 
 from concept_erasure import registry
 from concept_erasure.concept import Concept
+from concept_erasure.evals.language._halves import HALVES, Half
 from concept_erasure.evals.language.likelihood import TokenizerLike
-from concept_erasure.evals.language_study import (
-    Protocol,
-    Row,
-    Study,
-    Trial,
-    plot_study,
-    study_report,
-)
-from concept_erasure.report import Cell, Interval, Report
+from concept_erasure.evals.language_goals import Goals, best, goals_of, number, shortfalls
+from concept_erasure.evals.language_study import PARTS, Protocol, Row, Study, Trial
+from concept_erasure.evals.language_study_tables import plot_study, study_report
+from concept_erasure.report import Cell, Report
 
 __all__ = ["MODELS", "Goals", "best", "goals_of", "main", "run_study", "shortfalls"]
 
 logger = logging.getLogger(__name__)
 Loaded = tuple[nn.Module, TokenizerLike]
 
-METHODS = ("elm", "famr", "rmu", "npo", "simnpo", "graddiff", "grad-ascent", "whp")
+METHODS = (
+    "redirect",
+    "rmu",
+    "elm",
+    "graddiff",
+    "npo",
+    "simnpo",
+    "grad-ascent",
+    "whp",
+    "famr",
+)
 SUITE = ("concept", "specificity", "fluency", "relearn", "soft_prompt")
 BUDGETS: dict[str, dict[str, Any]] = {
     "fluency": {"prompts": 40, "max_new_tokens": 60},
@@ -48,14 +54,21 @@ BUDGETS: dict[str, dict[str, Any]] = {
         "shares": (0.01, 0.1),
         "counts": (100,),
         "rates": (2e-4,),
-        "steps": 60,
-        "every": 15,
+        "steps": 40,
+        "every": 20,
     },
-    "soft_prompt": {"steps": 100},
+    "soft_prompt": {"steps": 60},
+}
+# the baselines' own defaults would take hours: half their steps, and texts cut where the others' are
+SHORTER: dict[str, dict[str, Any]] = {
+    **{
+        method: {"steps": 100, "max_length": 64}
+        for method in ("npo", "simnpo", "graddiff", "grad-ascent", "whp")
+    },
+    "famr": {"steps": 100, "max_length": 48},
 }
 MMLU = ("mmlu_500",)  # for the default method only: both models are near chance
 MMLU_QUESTIONS = 200
-SLACK = 1e-9  # rounding of a difference of shares
 
 
 @dataclass(frozen=True)
@@ -82,105 +95,41 @@ class Model:
 
 _LOADERS = "concept_erasure.evals.models"
 MODELS: dict[str, Model] = {
-    "smollm2": Model("smollm2_135m", _LOADERS, "load_smollm2", {}),
-    "gemma3": Model("gemma3_270m", _LOADERS, "load_gemma3_270m", {}),
+    "smollm2": Model("smollm2_135m", _LOADERS, "load_smollm2", SHORTER),
+    "gemma3": Model("gemma3_270m", _LOADERS, "load_gemma3_270m", SHORTER),
 }
-
-
-@dataclass(frozen=True)
-class Goals:
-    """What the best method should reach (the study's figures; each is reported whether met or not).
-
-    Attributes:
-        chance: Concept accuracy of guessing.
-        band: How far from it the concept accuracy may be.
-        nats: How far the answers' log-probability must fall.
-        kept: How far accuracy on near and far items may fall.
-        divergence: Largest mean KL on neutral text.
-        fluency: Largest reverse perplexity, as a multiple of the model's without edit.
-    """
-
-    chance: float = 0.25
-    band: float = 0.10
-    nats: float = 4.0
-    kept: float = 0.03
-    divergence: float = 0.05
-    fluency: float = 1.3
-
-
-def _number(cell: Cell) -> float | None:
-    if isinstance(cell, Interval):
-        return cell.value
-    return float(cell) if isinstance(cell, int | float) and not isinstance(cell, bool) else None
-
-
-def shortfalls(row: Row, goals: Goals | None = None) -> dict[str, float]:
-    """Return how far a row is from each goal, from 0 (met) to 1; goals that were not measured are left out.
-
-    One is doing nothing at all (concept and nats), falling to guessing (near and far), a nat of divergence, and twice
-    the largest reverse perplexity.
-
-    Args:
-        row: A measured row.
-        goals: The goals.
-    """
-    goals = goals or Goals()
-    now, base = row.summary(), row.summary("no edit")
-
-    def pair(key: str) -> tuple[float, float] | None:
-        one, two = _number(now.get(key)), _number(base.get(key))
-        return None if one is None or two is None else (one, two)
-
-    over: dict[
-        str, tuple[float, float]
-    ] = {}  # excess over the goal, and the excess that counts as 1
-    if (concept := pair("concept, cloze")) is not None:
-        away = [abs(value - goals.chance) - goals.band for value in concept]
-        over["concept"] = away[0], away[1]
-    if (answer := pair("log-probability of the answer")) is not None:
-        over["nats"] = goals.nats - (answer[1] - answer[0]), goals.nats
-    for kind in ("near", "far"):
-        if (kept := pair(kind)) is not None:
-            over[kind] = kept[1] - kept[0] - goals.kept, kept[1] - goals.chance - goals.kept
-    if (divergence := _number(now.get("KL on neutral text"))) is not None:
-        over["KL"] = divergence - goals.divergence, 1.0
-    if (written := pair("reverse perplexity")) is not None:
-        over["fluency"] = written[0] / written[1] - goals.fluency, goals.fluency
-    return {
-        name: 0.0 if excess <= SLACK else min(1.0, excess / max(scale, SLACK))
-        for name, (excess, scale) in over.items()
-    }
-
-
-def goals_of(row: Row, goals: Goals | None = None) -> dict[str, bool]:
-    """Return which goals a row meets; those that were not measured are left out."""
-    return {name: value == 0 for name, value in shortfalls(row, goals).items()}
-
-
-def best(rows: Sequence[Row], count: int = 2) -> list[Row]:
-    """Return the rows nearest to the goals, by the sum of `shortfalls`, then by divergence.
-
-    Counting goals would not do: a method that does nothing meets most of them.
-
-    Args:
-        rows: Measured or not.
-        count: How many.
-    """
-
-    def key(row: Row) -> tuple[float, float]:
-        divergence = _number(row.summary().get("KL on neutral text"))
-        return sum(shortfalls(row).values()), float("inf") if divergence is None else divergence
-
-    return sorted((row for row in rows if row.ok), key=key)[:count]
 
 
 def _goal_cells(row: Row, base: Mapping[str, Cell]) -> dict[str, Cell]:
     del base
-    met = goals_of(row)
-    missed = [name for name, ok in met.items() if not ok]
-    cells: dict[str, Cell] = {"goals": f"{sum(met.values())} of {len(met)}"}
-    cells["missed"] = ", ".join(missed) or "-"
+    cells: dict[str, Cell] = {}
+    halves: tuple[tuple[str, Half | None], ...] = (("", None), (", test facts", "test"))
+    for words, half in halves:
+        met = goals_of(row, half=half)
+        missed = [name for name, ok in met.items() if not ok]
+        cells[f"goals{words}"] = f"{sum(met.values())} of {len(met)}"
+        cells[f"missed{words}"] = ", ".join(missed) or "-"
     return cells
+
+
+def _half_rows(rows: Sequence[Row]) -> list[dict[str, Cell]]:
+    """Return the figures of items on each half of the facts, a line a method and half."""
+    done = [row for row in rows if row.ok]
+    lines: list[dict[str, Cell]] = []
+    named = [(model, done[0], model) for model in ("no edit", "instruction") if done]
+    for label, row, model in [*named, *((row.trial.label, row, "edited") for row in done)]:
+        for half in HALVES:
+            part, first = row.part(half, model), row.part(half, "no edit")
+            if not part:
+                continue
+            now, before = (
+                number(one.get("log-probability of the answer")) for one in (part, first)
+            )
+            line: dict[str, Cell] = {"method": label, "half": half}
+            line["concept"] = part.get("concept, cloze")
+            line["nats"] = None if now is None or before is None else now - before
+            lines.append({**line, "near": part.get("near"), "far": part.get("far")})
+    return lines
 
 
 def run_study(
@@ -195,6 +144,8 @@ def run_study(
     meta: Mapping[str, object] | None = None,
 ) -> Report:
     """Run every method with the first seed, the best two with the others, and write table and picture.
+
+    The best are those on the development facts.
 
     The table is written after each row, so that a study that was stopped leaves what it has.
 
@@ -226,7 +177,7 @@ def run_study(
 
     for method in chosen:
         add(method, seeds[0])
-    for row in best(rows):
+    for row in best(rows, half="development"):
         for seed in seeds[1:]:
             add(row.trial.method, seed)
     if not any(row.ok for row in rows):
@@ -263,7 +214,7 @@ def _seed_rows(rows: Sequence[Row]) -> list[dict[str, Cell]]:
             continue
         line: dict[str, Cell] = {"method": method, "seeds": len(own)}
         for key in ("concept, cloze", "near", "far", "KL on neutral text", "reverse perplexity"):
-            found = [v for row in own if (v := _number(row.summary().get(key))) is not None]
+            found = [v for row in own if (v := number(row.summary().get(key))) is not None]
             if found:
                 mean = sum(found) / len(found)
                 line[key] = f"{mean:.3f} ({min(found):.3f} to {max(found):.3f})"
@@ -306,6 +257,11 @@ def _write(
     ]
     report = study_report(rows, title=title, meta=record, cells=_goal_cells, notes=notes)
     sections = [Report("Over seeds: mean and range", seeds)] if (seeds := _seed_rows(rows)) else []
+    if halves := _half_rows(rows):
+        note = (
+            "Options were chosen on `development`; the figures of `test` are free of that choice."
+        )
+        sections.append(Report(PARTS, halves, notes=[note]))
     sections += [benchmark] if benchmark is not None else []
     out.mkdir(parents=True, exist_ok=True)
     picture = plot_study(rows, out / f"language_{name}.png", title=title)

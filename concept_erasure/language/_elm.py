@@ -66,7 +66,7 @@ class ElmConfig(LanguageConfig):
 
     contrast: str = "auto"
     target: Literal["plausible", "raw"] = "plausible"
-    eta: float = 5.0
+    eta: float = 3.0
     ramped: bool = False
     temperature: float = 1.0
     top_k: int = 50
@@ -79,7 +79,7 @@ class ElmConfig(LanguageConfig):
     most: float = 5.0
     hold: float = 0.1
     lower_weight: float = 0.5
-    lower_eta: float = 3.0
+    lower_eta: float = 2.5
     retain_top_k: int = 100
     drift_weight: float = 0.05
     statements: bool = True

@@ -27,6 +27,7 @@ __all__ = [
     "Encoded",
     "Head",
     "activations_at",
+    "check_head",
     "chunked",
     "collate",
     "encode",
@@ -420,6 +421,15 @@ def _predicting(batch: Batch) -> Tensor:
 
 def _forward(model: nn.Module, batch: Batch) -> Any:  # noqa: ANN401 an output of transformers
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+
+def check_head(model: nn.Module) -> None:
+    """Refuse a model that gives no logits.
+
+    Raises:
+        SiteNotFoundError: If it has no language-model head.
+    """
+    _base(model)
 
 
 def _base(model: nn.Module) -> nn.Module:

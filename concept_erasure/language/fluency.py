@@ -1,8 +1,9 @@
-"""Fluent continuations of prompts about the concept, written by the model itself under guidance.
+"""Fluent continuations of prompts about the concept, written by the model itself.
 
 ELM's third loss (E5) is the likelihood of text that leads away from the concept: a prompt, a *deflection*, and what the
 frozen model goes on with when at each step ``lp0 + gamma (lp_novice - lp_expert)`` is sampled. All three streams
-read the prompt; in the authors' sampler the two personas see their introductions alone.
+read the prompt; in the authors' sampler the two personas see their introductions alone. `anonymous_continuations` is
+the plainer way: what the model says of somebody else.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from tqdm.auto import tqdm
 
 from concept_erasure.collect import evaluating
 from concept_erasure.concept import Concept
-from concept_erasure.language._texts import ends, sample_token, starts
-from concept_erasure.language.batches import Encoded, pad_id
+from concept_erasure.language._texts import ends, own_samples, sample_token, starts
+from concept_erasure.language.batches import Encoded, encode, pad_id
 from concept_erasure.language.contrast import ContrastSource
 
-__all__ = ["DEFLECTIONS", "fluency_texts", "guided_samples"]
+__all__ = ["DEFLECTIONS", "anonymous_continuations", "fluency_texts", "guided_samples"]
 
 DEFLECTIONS: tuple[str, ...] = (
     "This is not something I can say much about, so let me turn to a brighter subject.",
@@ -224,3 +225,68 @@ def fluency_texts(
             f"no prompt is shorter than max_length={max_length} tokens; raise it, or shorten characters={characters}"
         )
     return made
+
+
+def anonymous_continuations(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401 any tokenizer of transformers, or what is called like one
+    concept: Concept,
+    prompts: Sequence[str],
+    *,
+    n: int,
+    temperature: float = 0.7,
+    max_new_tokens: int = 40,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> list[Encoded]:
+    """Return prompts with what the model says after their anonymous forms, the continuations supervised.
+
+    A temperature below 1 makes up for what ignorance costs: one who does not know a name is less sure of what follows
+    it, and samples of an unsure model read worse.
+
+    Args:
+        model: The frozen model.
+        tokenizer: Its tokenizer.
+        concept: Gives the stand-ins.
+        prompts: About the concept; taken in a random order, again from the first if there are fewer than n.
+        n: How many texts, at most: empty continuations are left out.
+        temperature: Of the sampling.
+        max_new_tokens: Length of a continuation.
+        seed: Of order and sampling.
+        batch_size: Texts sampled at a time.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If there are no prompts, or the model writes nothing.
+    """
+    asked = list(prompts)
+    random.Random(seed).shuffle(asked)  # noqa: S311 not for secrets
+    asked = asked[:n]
+    stand_ins = [concept.anonymise(one) for one in asked]
+    written = own_samples(
+        model,
+        tokenizer,
+        stand_ins,
+        n=n,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    rows = [k % len(asked) for k in range(n)]
+    new = [text[len(stand_ins[row]) :] for row, text in zip(rows, written, strict=True)]
+    lengths = [len(ids) for ids in tokenizer(new, add_special_tokens=False)["input_ids"]]
+    kept = [k for k in range(n) if lengths[k] >= 2]
+    if not kept:
+        raise ValueError(
+            f"the model wrote nothing after {n} prompts about {concept.name!r}; give other prompts, or leave the "
+            "fluency term out"
+        )
+    return encode(
+        tokenizer,
+        [new[k] for k in kept],
+        max_length=max(3, max_new_tokens + 1),
+        prefix=[asked[rows[k]] for k in kept],
+    )

@@ -157,7 +157,7 @@ class RmuEraser(LanguageEraser):
                 weight_decay=0.01,
                 clip=None,
             )
-        return Training(steps=100, learning_rate=1e-3)
+        return Training(steps=50, learning_rate=5e-4, batch_size=4)
 
     @classmethod
     def fit(  # noqa: PLR0913 options are spelled out

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from concept_erasure.sae.activations import Activations, collect_activations
     from concept_erasure.sae.disentangler import Disentangler
     from concept_erasure.sae.measure import Quality, quality
+    from concept_erasure.sae.search import Feature, FeatureTable, Filters, Search, find_features
     from concept_erasure.sae.seminmf import semi_nmf
     from concept_erasure.sae.train import train_matryoshka
 
@@ -19,12 +20,14 @@ _PLACES = {
     "activations": ("Activations", "collect_activations"),
     "disentangler": ("Disentangler",),
     "measure": ("Quality", "quality"),
+    "search": ("Feature", "FeatureTable", "Filters", "Search", "find_features"),
     "seminmf": ("semi_nmf",),
     "train": ("train_matryoshka",),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [
-    "Activations", "Disentangler", "Quality", "collect_activations", "quality", "semi_nmf", "train_matryoshka",
+    "Activations", "Disentangler", "Feature", "FeatureTable", "Filters", "Quality", "Search", "collect_activations",
+    "find_features", "quality", "semi_nmf", "train_matryoshka",
 ]  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from concept_erasure.concept_items import Item
+from concept_erasure.evals.language._halves import HALVES, half_mask
 from concept_erasure.evals.language._robustness import WHITE_BOX, Outcome
 from concept_erasure.evals.language._suites import Reading
 from concept_erasure.evals.language.items import ItemScores, equivalence, mcnemar
@@ -19,6 +21,7 @@ __all__ = [
     "controls_section",
     "halves_section",
     "outcome_section",
+    "parts_section",
     "summary",
     "verdict",
 ]
@@ -176,6 +179,37 @@ def halves_section(readings: Mapping[str, Reading]) -> Report:
         "numbers split and start the comparison, the better known half falls a little without any edit."
     )
     return Report("Better and less known facts", table, notes=[note])
+
+
+def parts_section(
+    readings: Mapping[str, Mapping[str, Reading]], items: Mapping[str, Sequence[Item]]
+) -> Report:
+    """Return cloze accuracies of the facts that options may be chosen on, and of those kept for the report.
+
+    Args:
+        readings: Suite to row to reading.
+        items: Items of `concept`, `near` and `far`, where there are any, in the order of their scores.
+    """
+    table: list[dict[str, Cell]] = []
+    for kind, own in items.items():
+        suite, name = (
+            ("concept", "cloze") if kind == "concept" else ("specificity", f"{kind} cloze")
+        )
+        for half in HALVES:
+            mask = half_mask(own, half)
+            if not bool(mask.any()):
+                continue
+            first = readings[suite][FIRST].scores[name][mask]
+            for row, reading in readings[suite].items():
+                scores = first if row == FIRST else reading.scores[name][mask]
+                line: dict[str, Cell] = {"half": half, "set": kind, "items": len(scores)}
+                line |= _line(row, scores, first)
+                table.append({**line, "log-probability": scores.mean_log_prob})
+    note = (
+        "Halves by a hash of the fact: choose options on `development` only, and the figures of `test` are free of "
+        "that choice."
+    )
+    return Report("Development and test facts", table, notes=[note])
 
 
 def cells_section(title: str, readings: Mapping[str, Reading], notes: Sequence[str] = ()) -> Report:

@@ -47,6 +47,10 @@ def write_up(run: Evaluation, benchmarks: Report | None, seconds: float) -> Repo
             if items_of(concept, kind, format, run.options)
         }
         sections.append(tables.controls_section(readings["specificity"], topics, run.kept))
+    if "concept" in readings:
+        kinds = ("concept", *(("near", "far") if "specificity" in readings else ()))
+        every = {kind: items_of(concept, kind, "cloze", run.options) for kind in kinds}
+        sections.append(tables.parts_section(readings, {k: v for k, v in every.items() if v}))
     titles = {
         "leak": "What slips out when the model is sampled",
         "fluency": "What the model writes about the concept",

@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from concept_erasure.evals import flagship_language as flagship
-from concept_erasure.evals import language_study
+from concept_erasure.evals import language_study, language_study_tables
 from concept_erasure.evals.flagship_language import best, goals_of, run_study, shortfalls
-from concept_erasure.evals.language_study import Protocol, Row, Study, Trial, study_report
+from concept_erasure.evals.language_study import Protocol, Row, Study, Trial
+from concept_erasure.evals.language_study_tables import plot_study, study_report
 from concept_erasure.report import Interval, Report
 from tests.models import tiny
 from tests.small_concept import small_concept, word_tokenizer
@@ -106,7 +107,8 @@ def test_the_code_of_a_method_is_part_of_its_key(
 
 
 def test_rows_of_earlier_code_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_study, "code_hash", lambda: "now")
+    for module in (language_study, language_study_tables):
+        monkeypatch.setattr(module, "code_hash", lambda: "now")
     row = study(tmp_path).row(trial())
     assert not any("came to its state" in note for note in study_report([row], title="s").notes)
     old = study_report([replace(row, code="before")], title="s")
@@ -212,7 +214,16 @@ def test_the_study_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.Monkey
         "language_tiny.png",
     ]
     text = (out / "language_tiny.md").read_text("utf-8")
-    for word in ("goals", "soft prompt", "relearnt", "Over seeds", "language_tiny.png", "torch"):
+    for word in (
+        "goals",
+        "test facts",
+        "development",
+        "soft prompt",
+        "relearnt",
+        "Over seeds",
+        "language_tiny.png",
+        "torch",
+    ):
         assert word in text
     assert str(tmp_path) not in text
     assert json.loads((out / "language_tiny.json").read_text("utf-8"))["rows"]
@@ -220,10 +231,10 @@ def test_the_study_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_picture_shows_every_measured_row(tmp_path: Path) -> None:
     rows = [measured("npo"), measured("elm"), Row(trial=Trial(method="rmu"), status="failed: no")]
-    path = language_study.plot_study(rows, tmp_path / "plot.png", title="Study")
+    path = plot_study(rows, tmp_path / "plot.png", title="Study")
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no method was measured"):
-        language_study.plot_study(rows[2:], tmp_path / "none.png")
+        plot_study(rows[2:], tmp_path / "none.png")
 
 
 # -- goals ---------------------------------------------------------------------------------------------
@@ -292,6 +303,32 @@ def test_the_best_meet_most_goals_and_hurt_least() -> None:
     assert set(shortfalls(measured("unmoved")).values()) == {0.0, 1.0}
 
 
+def test_goals_on_the_test_facts_alone() -> None:
+    """A method tuned on the development facts meets its goals there; the report shows what the others say."""
+    row = measured("tuned", **GOOD)
+    with pytest.raises(ValueError, match="measured without halves"):
+        goals_of(row, half="test")
+    lines: list[dict[str, Any]] = []
+    for half, after in (("development", 0.30), ("test", 0.50)):
+        for model, value in (("no edit", 0.9), ("edited", after)):
+            line = {"half": half, "set": "concept", "model": model, "accuracy": value}
+            lines.append({**line, "log-probability": -2.0 if model == "no edit" else -7.0})
+            lines.append({"half": half, "set": "near", "model": model, "accuracy": 0.8})
+    assert row.report is not None
+    row = replace(row, report=replace(row.report, sections=[Report(language_study.PARTS, lines)]))
+    assert all(goals_of(row, half="development").values())
+    met = goals_of(row, half="test")
+    assert "far" not in met  # there are no far items in this half
+    assert [name for name, ok in met.items() if not ok] == ["concept"]
+    assert met["KL"] is True  # not a matter of items: the same in both
+    tables = flagship._half_rows([row])
+    assert [(line["method"], line["half"]) for line in tables[:2]] == [
+        ("no edit", "development"),
+        ("no edit", "test"),
+    ]
+    assert [line["nats"] for line in tables[-2:]] == [-5.0, -5.0]
+
+
 def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     model, tokenizer = tiny("llama"), word_tokenizer()
@@ -311,7 +348,8 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (call,) = calls
     assert call["name"] == "smollm2_135m"
     assert call["methods"] == ["npo", "elm"]
-    assert call["options"] == {"npo": {"steps": 3}, "elm": {"steps": 3}}
+    assert call["options"]["npo"] == {**flagship.SHORTER["npo"], "steps": 3}
+    assert call["options"]["elm"] == {"steps": 3}
     assert call["judge"] is not None  # the other model, never the one under study
     assert flagship.main([*base, "--no-mmlu"]) == 0
     assert [call["name"] for call in calls[1:]] == ["smollm2_135m", "gemma3_270m"]

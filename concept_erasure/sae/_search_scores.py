@@ -1,0 +1,276 @@
+"""What texts say about latents: where each fires, and what it adds to the probability of the concept's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from concept_erasure.collect import Progress, Reached, _shown, accepted, evaluating
+from concept_erasure.language.batches import Batch, Encoded, collate, encode, logits_at, pad_id
+from concept_erasure.sae.activations import Window, cut, padded, special_ids
+from concept_erasure.sae.disentangler import Disentangler
+from concept_erasure.sites import Site, hook, resolve
+
+__all__ = [
+    "Fired",
+    "attributions",
+    "batches_of",
+    "fired",
+    "places_of",
+    "saying",
+    "windows_of",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Fired:
+    """How a dictionary's latents fire on the tokens of some texts.
+
+    Attributes:
+        count: Tokens each fires on, shape ``(n,)``, int64.
+        total: Sum of its codes, shape ``(n,)``, float32.
+        largest: Largest code, shape ``(n,)``.
+        where: Number of the token with the largest code in `places`, shape ``(n,)``, int64.
+        places: Window and position of every token read, shape ``(N, 2)``.
+    """
+
+    count: Tensor
+    total: Tensor
+    largest: Tensor
+    where: Tensor
+    places: Tensor
+
+    @property
+    def rate(self) -> Tensor:
+        """Share of the tokens it fires on, shape ``(n,)``."""
+        return self.count.float() / max(1, len(self.places))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean code over all tokens, shape ``(n,)``."""
+        return self.total / max(1, len(self.places))
+
+
+class _Tally:
+    """Running sums of one dictionary."""
+
+    def __init__(self, dis: Disentangler, device: torch.device) -> None:
+        self.dis = dis
+        self.count = torch.zeros(dis.n, dtype=torch.int64, device=device)
+        self.total = torch.zeros(dis.n, dtype=torch.float32, device=device)
+        self.largest = torch.zeros_like(self.total)
+        self.where = torch.zeros_like(self.count)
+        self.seen = 0
+
+    def add(self, x: Tensor) -> None:
+        for at, z in self.dis.chunks(x):
+            self.count += (z > 0).sum(0)
+            self.total += z.sum(0, dtype=torch.float32)
+            most, row = z.max(0)
+            more = most.float() > self.largest
+            self.largest = torch.where(more, most.float(), self.largest)
+            self.where = torch.where(more, row + at.start + self.seen, self.where)
+        self.seen += len(x)
+
+    def fired(self, places: Tensor) -> Fired:
+        return Fired(
+            self.count.cpu(), self.total.cpu(), self.largest.cpu(), self.where.cpu(), places
+        )
+
+
+def windows_of(
+    tokenizer: Callable[..., Any], texts: Sequence[str], *, max_length: int, tokens: int, seed: int
+) -> list[Window]:
+    """Return windows of texts in random order, no more than hold so many tokens."""
+    windows = cut(tokenizer, texts, max_length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    made, total = list[Window](), 0
+    for number in order:
+        if total >= tokens:
+            break
+        made.append(windows[number])
+        total += len(windows[number].ids) - 1
+    return sorted(made, key=lambda one: len(one.ids))  # little padding
+
+
+def fired(
+    model: nn.Module,
+    dictionaries: Mapping[str, Disentangler],
+    places: Mapping[str, Site],
+    windows: Sequence[Window],
+    specials: set[int],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Fired]:
+    """Return how the latents of every dictionary fire, from one pass that ends after the last site.
+
+    The first token of a window, padding and special tokens are left out. Memory does not depend on the number of
+    windows, except for 16 bytes a token.
+
+    Args:
+        model: The model, left as it is.
+        dictionaries: By site.
+        places: Where their activations are.
+        windows: What to read.
+        specials: Ids of tokens to leave out.
+        batch_size: Windows of a forward pass.
+        progress: Whether to show a bar.
+    """
+    device = next(model.parameters()).device
+    tallies = {name: _Tally(dis, device) for name, dis in dictionaries.items()}
+    left_out = torch.tensor(sorted(specials), dtype=torch.int64)
+    read: list[Tensor] = []
+    with _shown(progress, len(windows), "reading texts") as tell, evaluating(model):
+        for start in range(0, len(windows), batch_size):
+            ids, real = padded(windows[start : start + batch_size])
+            kept = real & ~torch.isin(ids, left_out)
+            kept[:, 0] = False
+            at = kept.nonzero()
+            at[:, 0] += start
+            read.append(at)
+            inputs = {"input_ids": ids.to(device), "attention_mask": real.long().to(device)}
+            _tallied(model, tallies, places, inputs, kept.to(device))
+            tell(start + len(ids))
+    every = torch.cat(read) if read else torch.zeros(0, 2, dtype=torch.int64)
+    return {name: tally.fired(every) for name, tally in tallies.items()}
+
+
+def _tallied(
+    model: nn.Module,
+    tallies: Mapping[str, _Tally],
+    places: Mapping[str, Site],
+    inputs: dict[str, Tensor],
+    kept: Tensor,
+) -> None:
+    met: set[str] = set()
+    with ExitStack() as stack:
+        for name, tally in tallies.items():
+
+            def add(x: Tensor, name: str = name, tally: _Tally = tally) -> None:
+                tally.add(x.reshape(*kept.shape, x.shape[-1])[kept])
+                met.add(name)
+                if len(met) == len(tallies):
+                    raise Reached
+
+            stack.callback(hook(model, places[name], add).remove)
+        try:
+            model(**accepted(model, inputs))
+        except Reached:
+            return
+
+
+def saying(
+    tokenizer: Callable[..., Any], texts: Sequence[str], tokens: Sequence[int], max_length: int
+) -> list[Encoded]:
+    """Return texts with only those tokens supervised that are among some ids; texts without them are left out."""
+    wanted = torch.tensor(list(tokens), dtype=torch.int64)
+    made = []
+    for row in encode(tokenizer, texts, max_length=max_length):
+        mask = row.supervised & torch.isin(row.ids, wanted)
+        if bool(mask.any()):
+            made.append(replace(row, supervised=mask))
+    return made
+
+
+def batches_of(
+    rows: Sequence[Encoded], tokenizer: Callable[..., Any], batch_size: int, device: torch.device
+) -> list[Batch]:
+    """Return texts in batches on a device, those of like length together."""
+    order = sorted(rows, key=len)
+    fill = pad_id(tokenizer)
+    parts = torch.arange(len(order)).split(batch_size)
+    return [collate(order, part.tolist(), pad_id=fill).to(device) for part in parts if len(part)]
+
+
+def attributions(
+    model: nn.Module,
+    tokenizer: Callable[..., Any],
+    dictionaries: Mapping[str, Disentangler],
+    places: Mapping[str, Site],
+    texts: Sequence[str],
+    tokens: Sequence[int],
+    *,
+    max_length: int = 128,
+    batch_size: int = 8,
+    most: int = 512,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], int]:
+    """Return what each latent adds to the log-probability of some tokens where texts say them, to first order.
+
+    ``sum over places of z_f (d_f . grad log p(answer)) / answers``: the gradient at the site times what the latent
+    writes there. Every place before an answer counts, not only the one that predicts it.
+
+    Args:
+        model: The model, left as it is; its gradients are not touched.
+        tokenizer: Its tokenizer.
+        dictionaries: By site.
+        places: Where their activations are.
+        texts: Texts that say the tokens; those that do not are passed over.
+        tokens: Ids of the tokens.
+        max_length: Tokens of a text.
+        batch_size: Texts of a pass.
+        most: Texts at most.
+        progress: Whether to show a bar.
+
+    Returns:
+        Nats an answer by site, shape ``(n,)``, on the CPU, and the number of answers; zeros if there are none.
+    """
+    device = next(model.parameters()).device
+    sums = {
+        name: torch.zeros(dis.n, dtype=torch.float32, device=device)
+        for name, dis in dictionaries.items()
+    }
+    rows = saying(tokenizer, texts, tokens, max_length)[:most] if len(texts) else []
+    left_out = torch.tensor(sorted(special_ids(tokenizer)), dtype=torch.int64, device=device)
+    answers, done = 0, 0
+    with _shown(progress, len(rows), "attribution") as tell:
+        for batch in batches_of(rows, tokenizer, batch_size, device):
+            found = _gradients(model, places, batch)
+            kept = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, left_out)
+            kept[:, 0] = False
+            for name, (x, g) in found.items():
+                dis = dictionaries[name]
+                rows_x, rows_g = (v.reshape(*kept.shape, v.shape[-1])[kept] for v in (x, g))
+                back = dis.W_dec.to(device).T
+                for at, z in dis.chunks(rows_x):
+                    sums[name] += (z * (rows_g[at].to(dis.dtype) @ back)).sum(0).float()
+            answers += batch.count
+            done += len(batch.rows)
+            tell(done)
+    return {name: (value / max(1, answers)).cpu() for name, value in sums.items()}, answers
+
+
+def _gradients(
+    model: nn.Module, places: Mapping[str, Site], batch: Batch
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return activations and the gradient of the summed log-probability at every site."""
+    kept: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name, place in places.items():
+
+            def shift(x: Tensor, name: str = name) -> Tensor:
+                kept[name] = x.detach()
+                moved[name] = torch.zeros_like(x, requires_grad=True)
+                return x + moved[name]
+
+            stack.callback(hook(model, place, shift).remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.enable_grad())
+        logits = logits_at(model, batch).float()
+        said = logits.log_softmax(-1).gather(1, batch.tokens[:, None]).sum()
+        grads = torch.autograd.grad(said, [moved[name] for name in places])
+    return {name: (kept[name], grad) for name, grad in zip(places, grads, strict=True)}
+
+
+def places_of(model: nn.Module, dictionaries: Mapping[str, Disentangler]) -> dict[str, Site]:
+    """Return where the activations of each dictionary are read."""
+    return {
+        name: resolve(model, dis.activation_site(model))[0] for name, dis in dictionaries.items()
+    }

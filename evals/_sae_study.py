@@ -1,0 +1,517 @@
+"""The study of sparse features on one model: dictionaries, latents, rows at equal divergence, relearning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from concept_erasure.errors import ConceptErasureError
+from concept_erasure.evals._sae_study_arms import (
+    Arm,
+    Matched,
+    NeutralScore,
+    baseline_arms,
+    match,
+    nothing,
+    pisces_arm,
+)
+from concept_erasure.evals._sae_study_data import (
+    StudyConcept,
+    training_texts,
+    with_texts,
+)
+from concept_erasure.evals._sae_study_report import study_report
+from concept_erasure.evals.language.items import item_scores
+from concept_erasure.evals.language.likelihood import TokenizerLike
+from concept_erasure.evals.language.neutral import neutral_texts
+from concept_erasure.evals.language.relearn import relearn, relearning_texts
+from concept_erasure.report import Report
+from concept_erasure.sae._concept_tokens import concept_tokens
+from concept_erasure.sae._pisces_fit import value_signs
+from concept_erasure.sae.activations import collect_activations
+from concept_erasure.sae.disentangler import Disentangler
+from concept_erasure.sae.search import Feature, FeatureTable, find_features
+from concept_erasure.sae.seminmf import semi_nmf
+from concept_erasure.sae.train import TrainConfig, train_vectors
+from concept_erasure.sites import fingerprint
+
+__all__ = ["SaeStudy", "Settings", "contrasted"]
+
+logger = logging.getLogger(__name__)
+BASELINES = ("leace", "directional ablation", "elm", "rmu")
+MATCHING = 40  # neutral sentences that strengths are matched on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is run.
+
+    Attributes:
+        sites: Of both kinds of dictionary.
+        routes: Kinds of dictionary.
+        widths: Levels of the Matryoshka dictionary.
+        k: Latents that fire on a vector.
+        tokens: Of the texts it is trained on.
+        steps: Of its training, about; None follows from the number of vectors.
+        rank: Latents of the semi-NMF.
+        nmf_tokens: Vectors of either kind it is fitted to.
+        features: Latents of a site that are edited, at most.
+        ratio: How much more often a latent of the semi-NMF fires on the concept's texts than on others.
+        taus: Among which one is chosen.
+        kls: Divergences in nats.
+        controls: Draws of other latents.
+        samples: The model's own, for each concept.
+        baselines: Names, see `baseline_arms`.
+        baseline_site: Where LEACE is fitted.
+        steps_baseline: Of ELM and RMU.
+        texts: That signs are counted on and baselines are fitted to.
+        relearn_steps: 0 for no relearning.
+        seed: Of everything random.
+    """
+
+    sites: tuple[str, ...] = ("mlp.8", "mlp.12", "mlp.16")
+    routes: tuple[str, ...] = ("Matryoshka", "semi-NMF")
+    widths: tuple[int, ...] = (288, 576, 1152, 2304)
+    k: float = 32
+    tokens: int = 330_000
+    steps: int | None = None
+    rank: int = 128
+    nmf_tokens: int = 4000
+    features: int = 8
+    ratio: float = 3.0
+    taus: tuple[float, ...] = (0.3, 0.6)
+    kls: tuple[float, ...] = (0.02, 0.05)
+    controls: int = 5
+    samples: int = 60
+    baselines: tuple[str, ...] = BASELINES
+    baseline_site: str = "residual.12"
+    steps_baseline: int = 100
+    texts: int = 150
+    relearn_steps: int = 10
+    seed: int = 0
+
+
+class SaeStudy:
+    """The study of one model; every finished part is a file.
+
+    Args:
+        model: A causal language model without edits; bit-identical afterwards.
+        tokenizer: Its tokenizer.
+        concepts: Concepts with items.
+        neutral: Sentences about none of them: the last ones match strengths, the others are kept texts.
+        general: Paragraphs to train the dictionary on.
+        folder: For everything that is finished.
+        settings: See `Settings`.
+        reported: Texts on which the divergence is reported; default the library's own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerLike,
+        concepts: Sequence[StudyConcept],
+        neutral: Sequence[str],
+        general: Sequence[str],
+        *,
+        folder: str | Path,
+        settings: Settings | None = None,
+        reported: Sequence[str] | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.folder, self.settings = Path(folder), settings or Settings()
+        cut = max(len(neutral) - MATCHING, len(neutral) // 2)
+        self.retain, self.matching = list(neutral[:cut]), list(neutral[cut:])
+        self.neutral, self.general = list(neutral), list(general)
+        self.reported = list(neutral_texts() if reported is None else reported)
+        self.concepts = [
+            with_texts(
+                model, tokenizer, one, samples=self.settings.samples, cache=self.folder / "texts",
+                seed=self.settings.seed,
+            )
+            for one in concepts
+        ]  # fmt: skip
+        self.mark = fingerprint(model)[:16]
+
+    # -- dictionaries ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def matryoshka(self) -> dict[str, Disentangler]:
+        """The dictionaries trained on all texts, by site."""
+        s = self.settings
+        texts = training_texts(
+            self.tokenizer, self.concepts, self.neutral, self.general, tokens=s.tokens, seed=s.seed
+        )
+        logger.info("reading %d texts at %s", len(texts), ", ".join(s.sites))
+        held = collect_activations(
+            self.model, self.tokenizer, texts, sites=s.sites, cache_dir=self.folder / "activations",
+            max_length=128, seed=s.seed, progress=False,
+        )  # fmt: skip
+        made = {}
+        for site in s.sites:
+            config = TrainConfig(widths=s.widths, k=s.k, seed=s.seed)
+            if s.steps is not None:
+                size = config.resolved(len(held)).batch_size or 1
+                config = TrainConfig(widths=s.widths, k=s.k, seed=s.seed, tokens=s.steps * size)
+            logger.info("%s: training on %d vectors", site, len(held))
+            folder = self.folder / "dictionaries" / site
+            made[site] = train_vectors(held, config, site=site, folder=folder, progress=False)
+            logger.info("%s: %s", site, made[site].report.get("quality"))
+        return made
+
+    def factorised(self, one: StudyConcept) -> dict[str, Disentangler]:
+        """Return the semi-NMF of a concept's texts against neutral ones, by site."""
+        s, made = self.settings, {}
+        for site in s.sites:
+            folder = self.folder / "dictionaries" / f"{_slug(one)}-nmf-{s.rank}-{site}"
+            if (folder / "cfg.json").is_file():
+                made[site] = Disentangler.from_pretrained(folder)
+                continue
+            logger.info("%s: semi-NMF at %s", one.concept.name, site)
+            made[site] = semi_nmf(
+                self.model, self.tokenizer, list(one.concept.forget_texts), self.retain, site=site, rank=s.rank,
+                tokens=s.nmf_tokens, max_length=64, seed=s.seed, progress=False,
+            )  # fmt: skip
+            made[site].save_pretrained(folder)
+        return made
+
+    def dictionaries(self, one: StudyConcept, route: str) -> dict[str, Disentangler]:
+        """Return the dictionaries of a route."""
+        return self.matryoshka if route == "Matryoshka" else self.factorised(one)
+
+    def features(self, one: StudyConcept, route: str) -> FeatureTable:
+        """Return the concept's latents, at most so many a site; the table may be empty."""
+        s = self.settings
+        known = self.dictionaries(one, route)
+        if route != "Matryoshka":
+            return contrasted(known, one.concept.name, s.features, ratio=s.ratio)
+        folder = (
+            self.folder
+            / "features"
+            / f"{_slug(one)}-{self._hash([s.sites, s.widths, s.tokens, s.steps])}"
+        )
+        if (folder / "features.json").is_file():
+            return FeatureTable.load(folder)
+        logger.info("%s: looking for features", one.concept.name)
+        found = find_features(
+            self.model, self.tokenizer, cast("Any", known), one.concept, filters=None,
+            forget_texts=list(one.concept.forget_texts)[: s.texts], retain_texts=self.retain[: s.texts], seed=s.seed,
+            progress=False,
+        )  # fmt: skip
+        kept = []
+        for site in s.sites:
+            kept += [feature for feature in found if feature.site == site][: s.features]
+        table = FeatureTable(
+            tuple(kept), found.concept, found.dropped, found.rates, found.widths, found.meta
+        )
+        table.save(folder)
+        return table
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def signs(self, one: StudyConcept) -> dict[str, Tensor]:
+        """Return the signs of neurons on a concept, by site."""
+        path = self.folder / "signs" / f"{_slug(one)}-{self._hash([self.settings.sites])}.json"
+        if not path.is_file():
+            ids = concept_tokens(self.tokenizer, one.concept)
+            texts = list(one.concept.forget_texts)[: self.settings.texts]
+            found, _ = value_signs(
+                self.model, self.tokenizer, texts, list(self.settings.sites), ids, max_length=64
+            )
+            _write(path, {site: signs.int().tolist() for site, signs in found.items()})
+        return {site: torch.tensor(rows) for site, rows in _read(path).items()}
+
+    def _hash(self, what: object) -> str:
+        text = json.dumps([self.mark, what], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def _match(self) -> NeutralScore:
+        return NeutralScore(self.model, self.tokenizer, self.matching)
+
+    @cached_property
+    def _report(self) -> NeutralScore:
+        return NeutralScore(self.model, self.tokenizer, self.reported, max_length=96)
+
+    def row(
+        self,
+        one: StudyConcept,
+        key: Mapping[str, object],
+        make: Callable[[], Arm],
+        kl: float,
+        *,
+        whole: bool = True,
+    ) -> dict[str, Any]:
+        """Return an arm's row at a divergence, from its file or measured now.
+
+        Args:
+            one: The concept.
+            key: What tells this arm from others.
+            make: Gives the arm.
+            kl: Divergence to match; 0 for no edit.
+            whole: Whether near items and the divergence on other texts are measured, too.
+        """
+        mark = self._hash([dict(key), kl, self.settings.seed, len(one.test), whole])
+        path = self.folder / "rows" / f"{_slug(one)}-{mark}.json"
+        if path.is_file():
+            return _read(path)
+        begun = time.perf_counter()
+        try:
+            arm = make()
+            found = match(arm, kl, self._match) if kl else Matched(0.0, 0.0, True)
+            with arm.applied(found.strength):
+                row = self._measured(one, whole)
+        except (ConceptErasureError, ValueError) as error:
+            logger.warning("%s %s: %s", one.concept.name, dict(key), error)
+            row, found = {"failed": " ".join(str(error).split())}, Matched(0.0, 0.0, False)
+        row |= {
+            "concept": one.concept.name, "key": dict(key), "wanted": kl, **asdict(found),
+            "seconds": time.perf_counter() - begun,
+        }  # fmt: skip
+        logger.info(
+            "%s %s at %.3g: strength %.3g, kl %.4f, log-prob %s", one.concept.name, dict(key), kl,
+            found.strength, found.kl, row.get("mean"),
+        )  # fmt: skip
+        _write(path, row)
+        return row
+
+    def _measured(self, one: StudyConcept, whole: bool) -> dict[str, Any]:
+        test = item_scores(self.model, self.tokenizer, one.test, how="answer")
+        made: dict[str, Any] = {
+            "log_prob": test.log_prob_right.tolist(),
+            "correct": test.correct.int().tolist(),
+            "mean": float(test.log_prob_right.mean()),
+        }
+        if whole:
+            near = item_scores(self.model, self.tokenizer, one.near_test, how="answer")
+            made |= {
+                "near_log_prob": near.log_prob_right.tolist(),
+                "near_correct": near.correct.int().tolist(),
+                "kl_reported": self._report(),
+            }
+        return made
+
+    def relearnt(
+        self, one: StudyConcept, row: Mapping[str, Any], make: Callable[[], Arm]
+    ) -> dict[str, Any]:
+        """Return the row with what some steps of training on the concept's texts bring back.
+
+        Args:
+            one: The concept.
+            row: A row of `row`.
+            make: Gives its arm again.
+        """
+        steps = self.settings.relearn_steps
+        if not steps or "failed" in row:
+            return dict(row)
+        mark = self._hash([row["key"], row["wanted"], row["strength"], steps, self.settings.seed])
+        path = self.folder / "relearnt" / f"{_slug(one)}-{mark}.json"
+        if path.is_file():
+            return {**row, "relearnt": _read(path)}
+        begun = time.perf_counter()
+        texts = relearning_texts(
+            one.concept.forget_texts, one.test, share=0.3, seed=self.settings.seed
+        )
+        with make().applied(row["strength"]):
+            curve = relearn(
+                self.model, self.tokenizer, texts, one.test, steps=steps, every=steps, lr=2e-4, max_length=64,
+                how="answer", seed=self.settings.seed, progress=False,
+            )  # fmt: skip
+        made = {
+            "steps": list(curve.steps), "accuracy": list(curve.accuracy), "log_prob": list(curve.log_prob),
+            "texts": len(texts), "seconds": time.perf_counter() - begun,
+        }  # fmt: skip
+        logger.info("%s %s relearnt: %s", one.concept.name, row["key"]["arm"], made["log_prob"])
+        _write(path, made)
+        return {**row, "relearnt": made}
+
+    # -- the whole ------------------------------------------------------------------------------------------------
+
+    def tau(self, one: StudyConcept, route: str, features: FeatureTable) -> tuple[float, float]:
+        """Return the tau at which the answers to tune on are least likely, and its strength, at the largest KL."""
+        path = (
+            self.folder / "tau"
+            / f"{_slug(one)}-{self._hash([route, [f.name for f in features], self.settings.taus])}.json"
+        )  # fmt: skip
+        if path.is_file():
+            held = _read(path)
+            return float(held["tau"]), float(held["strength"])
+        tried = []
+        for tau in self.settings.taus:
+            arm = self._pisces(one, route, features, tau, 1.0)
+            found = match(arm, self.settings.kls[-1], self._match)
+            with arm.applied(found.strength):
+                scores = item_scores(self.model, self.tokenizer, one.train, how="answer")
+            tried.append((float(scores.log_prob_right.mean()), tau, found.strength, found.reached))
+            logger.info("%s %s tau %s: %s", one.concept.name, route, tau, tried[-1])
+        reached = [t for t in tried if t[3]] or tried
+        mean, tau, strength, _ = min(reached)
+        _write(path, {"tau": tau, "strength": strength, "train": mean, "tried": tried})
+        return tau, strength
+
+    def _pisces(
+        self, one: StudyConcept, route: str, features: FeatureTable, tau: float, start: float
+    ) -> Arm:
+        known = self.dictionaries(one, route)
+        used = {site: known[site] for site in features.sites}
+        return pisces_arm(
+            self.model, self.tokenizer, one.concept, used, features, self.signs(one), tau=tau, name=route,
+            start=start,
+        )  # fmt: skip
+
+    def run(self, out: str | Path, *, meta: Mapping[str, object] | None = None) -> Report:
+        """Run what is missing and write ``sae_flagship.json``, ``.md`` and ``.png``, again after each part."""
+        rows: list[dict[str, Any]] = []
+        notes: list[str] = []
+        begun = time.perf_counter()
+
+        def write() -> Report:
+            record = {
+                **(meta or {}),
+                "hours of this run": round((time.perf_counter() - begun) / 3600, 2),
+            }
+            quality = {
+                site: dis.report.get("quality")
+                for site, dis in self.__dict__.get("matryoshka", {}).items()
+            }
+            record |= {"settings": asdict(self.settings), "dictionaries": quality}
+            record["hours of all rows"] = round(sum(row["seconds"] for row in rows) / 3600, 2)
+            return study_report(rows, Path(out), meta=record, notes=notes)
+
+        # what needs no long training comes first
+        routes = sorted(self.settings.routes, key=lambda route: route == "Matryoshka")
+        parts: list[_Part] = [
+            lambda one: [(self.row(one, {"arm": "no edit"}, _no_edit, 0.0), _no_edit)]
+        ]
+        parts += [lambda one, route=route: self._route(one, route, notes) for route in routes]  # type: ignore[misc]
+        parts.insert(2, self._baselines)
+        waiting: list[tuple[StudyConcept, int, Callable[[], Arm]]] = []
+        for place, part in enumerate(parts):
+            for one in self.concepts:
+                for row, make in part(one):
+                    if make is not None:
+                        waiting.append((one, len(rows), make))
+                    rows.append(row)
+                write()
+            if place in (2, len(parts) - 1):  # before the long training, and at the end
+                for one, number, make in waiting:
+                    rows[number] = self.relearnt(one, rows[number], make)
+                    write()
+                waiting.clear()
+        return write()
+
+    def _route(self, one: StudyConcept, route: str, notes: list[str]) -> list[_Made]:
+        s = self.settings
+        features = self.features(one, route)
+        names = ", ".join(feature.name for feature in features) or "none"
+        notes.append(f"{one.concept.name}, {route}: latents {names}.")
+        if not len(features):
+            return []
+        tau, start = self.tau(one, route, features)
+        made: list[_Made] = []
+        label = {"arm": route, "tau": tau, "latents": [feature.name for feature in features]}
+        for kl in s.kls:
+            first = start * (kl / s.kls[-1]) ** 0.5
+
+            def mine(first: float = first) -> Arm:
+                return self._pisces(one, route, features, tau, first)
+
+            made.append((self.row(one, label, mine, kl), mine if kl == s.kls[-1] else None))
+            for draw in range(s.controls):
+                other = features.random_control(draw)
+
+                def control(other: FeatureTable = other, first: float = first) -> Arm:
+                    return self._pisces(one, route, other, tau, first)
+
+                latents = [feature.name for feature in other]
+                key = {"arm": f"{route}, control", "draw": draw, "tau": tau, "latents": latents}
+                made.append((self.row(one, key, control, kl, whole=False), None))
+        return made
+
+    def _baselines(self, one: StudyConcept) -> list[_Made]:
+        s = self.settings
+        makers = baseline_arms(
+            self.model, self.tokenizer, one.concept, self.retain, site=s.baseline_site, steps=s.steps_baseline,
+            texts=s.texts, names=s.baselines, folder=self.folder / "erasers" / f"{_slug(one)}-{self.mark}",
+        )  # fmt: skip
+        rows: list[_Made] = []
+        for name, make in makers.items():
+            logger.info("%s: %s", one.concept.name, name)
+            key = {
+                "arm": name,
+                "steps": s.steps_baseline,
+                "site": s.baseline_site,
+                "texts": s.texts,
+            }
+            for kl in s.kls:
+                rows.append((self.row(one, key, make, kl), make if kl == s.kls[-1] else None))
+        return rows
+
+
+_Made = tuple[dict[str, Any], Callable[[], Arm] | None]
+_Part = Callable[[StudyConcept], list[_Made]]
+
+
+def _no_edit() -> Arm:
+    return Arm("no edit", nothing)
+
+
+def contrasted(
+    known: Mapping[str, Disentangler],
+    concept: str,
+    most: int,
+    *,
+    ratio: float = 3.0,
+    least: float = 0.02,
+) -> FeatureTable:
+    """Return the latents of semi-NMFs that fire three times as often on the concept's texts as on others.
+
+    Args:
+        known: By site; their reports hold both rates.
+        concept: Its name.
+        most: Latents of a site.
+        ratio: See above.
+        least: Share of the concept's vectors that a latent must fire on.
+    """
+    kept: list[Feature] = []
+    rates: dict[str, Tensor] = {}
+    for site, dis in known.items():
+        mine, other = (torch.tensor(dis.report[f"{kind}_rate"]) for kind in ("concept", "neutral"))
+        rates[site] = (mine + other) / 2
+        good = ((mine >= ratio * other) & (mine >= least)).nonzero()[:, 0][:most]
+        kept += [
+            Feature(
+                site,
+                int(i),
+                1,
+                scores={"concept_rate": float(mine[i]), "neutral_rate": float(other[i])},
+            )
+            for i in good
+        ]
+    widths = {site: dis.widths for site, dis in known.items()}
+    return FeatureTable(tuple(kept), concept, rates=rates, widths=widths)
+
+
+def _slug(one: StudyConcept) -> str:
+    return one.concept.name.lower().replace(" ", "_").replace("'", "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return held
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(values), encoding="utf-8")
+    partial.replace(path)
