@@ -11,12 +11,14 @@ CACHE ?= flagship-cache
 JOBS ?= 2
 ARGS ?=
 LANGUAGE ?= # for bench: --original FOLDER (the authors' code of ELM)
+CONCEPTS ?= # for flagship-sae: folder with the concepts' json files
+TEXTS ?= # for flagship-sae: text files of general prose, a paragraph a line
 RLACE ?= # for bench: --vectors word_vectors.npz --original FOLDER (the authors' code)
 # One thread a process: several small processes are faster than one that fights over two cores.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-reference bench flagship-language docs lint format clean
+.PHONY: help demo test test-all test-gpu test-reference bench flagship-language flagship-sae demo-diffusion flagship-diffusion world-emoji docs lint format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +68,7 @@ bench: $(VENV)/.dev $(VENV)/reference ## Exactness, speed against concept-erasur
 	$(BIN)/python -m tests.benchmarks.linear --out $(BENCH)/linear.json --reference $(VENV)/reference $(ARGS)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.layers --out $(BENCH)/layers.json
 	$(BIN)/python -m tests.benchmarks.rlace --out $(BENCH)/rlace.json $(RLACE)
+	$(BIN)/python -m tests.benchmarks.sae_edit --out $(BENCH)/sae_edit.json
 	$(BIN)/python -m tests.benchmarks.diffusion_closed_form --out $(BENCH)/diffusion_closed_form.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.language --out $(BENCH)/language.json $(LANGUAGE)
 
@@ -76,8 +79,22 @@ $(VENV)/.gemma: | $(VENV)/.dev
 flagship-language: $(VENV)/.dev $(VENV)/.gemma ## Harry Potter, every method, two small models; many hours, cached and resumable
 	HF_HUB_OFFLINE=1 $(BIN)/python -m concept_erasure.evals.flagship_language --out docs/results --cache $(CACHE) $(ARGS)
 
+demo-diffusion: $(VENV)/.dev ## Erase an object and a style from the small pipeline that ships; under three minutes
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m concept_erasure.evals.demo_diffusion --out $(OUT) $(ARGS)
+
+flagship-diffusion: $(VENV)/.dev ## Every closed-form method on the emoji world, next to its twins; up to 90 minutes, resumable
+	HF_HUB_OFFLINE=1 $(BIN)/python -m concept_erasure.evals.flagship_diffusion --out docs/results --cache $(CACHE)/diffusion $(ARGS)
+
+world-emoji: $(VENV)/.dev ## Train what is missing of the emoji world from npm packages: hours on a CPU, resumable
+	mkdir -p $(CACHE)/emoji && cd $(CACHE)/emoji && npm install --no-save --silent emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0
+	HF_HUB_OFFLINE=1 $(BIN)/python -m concept_erasure.evals.worlds.emoji.make --packages $(CACHE)/emoji/node_modules --work $(CACHE)/emoji $(ARGS)
+
 docs: $(VENV)/.dev ## Build docs/_build/html; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+flagship-sae: $(VENV)/.dev ## Sparse features on SmolLM2: CONCEPTS=folder of json files TEXTS="prose.txt ..."; resumable
+	HF_HUB_OFFLINE=1 $(BIN)/python -m concept_erasure.evals.flagship_sae --data $(CONCEPTS) --texts $(TEXTS) \
+		--out docs/results --cache $(CACHE)/sae $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, formatting, types
 	$(BIN)/ruff check .

@@ -369,12 +369,12 @@ class SaeStudy:
         )  # fmt: skip
 
     def run(self, out: str | Path, *, meta: Mapping[str, object] | None = None) -> Report:
-        """Run what is missing and write ``sae_flagship.json``, ``.md`` and ``.png``, again after each part."""
+        """Run what is missing; write ``sae_flagship.json`` and ``.md`` after each part, and at the end ``.png``."""
         rows: list[dict[str, Any]] = []
         notes: list[str] = []
         begun = time.perf_counter()
 
-        def write() -> Report:
+        def write(picture: bool = False) -> Report:
             record = {
                 **(meta or {}),
                 "hours of this run": round((time.perf_counter() - begun) / 3600, 2),
@@ -385,7 +385,7 @@ class SaeStudy:
             }
             record |= {"settings": asdict(self.settings), "dictionaries": quality}
             record["hours of all rows"] = round(sum(row["seconds"] for row in rows) / 3600, 2)
-            return study_report(rows, Path(out), meta=record, notes=notes)
+            return study_report(rows, Path(out), meta=record, notes=notes, picture=picture)
 
         # what needs no long training comes first
         routes = sorted(self.settings.routes, key=lambda route: route == "Matryoshka")
@@ -407,7 +407,7 @@ class SaeStudy:
                     rows[number] = self.relearnt(one, rows[number], make)
                     write()
                 waiting.clear()
-        return write()
+        return write(picture=True)
 
     def _route(self, one: StudyConcept, route: str, notes: list[str]) -> list[_Made]:
         s = self.settings

@@ -87,6 +87,7 @@ def study_report(
     *,
     meta: Mapping[str, object],
     notes: Sequence[str] = (),
+    picture: bool = True,
 ) -> Report:
     """Write ``sae_flagship.json``, ``.md`` and ``.png`` to a folder and return the report.
 
@@ -95,6 +96,7 @@ def study_report(
         out: The folder.
         meta: How it came about.
         notes: More sentences.
+        picture: Whether to draw.
     """
     table: list[dict[str, Cell]] = []
     compared: list[dict[str, Cell]] = []
@@ -126,8 +128,8 @@ def study_report(
     sections = [Report("Against controls", compared)] if compared else []
     out.mkdir(parents=True, exist_ok=True)
     images = {}
-    if picture := _plot(rows, out / "sae_flagship.png"):
-        images["Change of the answers' log-probability at equal divergence"] = picture.name
+    if picture and (drawn := _plot(rows, out / "sae_flagship.png")):
+        images["Change of the answers' log-probability at equal divergence"] = drawn.name
     report = Report(
         "Sparse features: edits at equal divergence", table, dict(meta), lines, sections, images
     )
