@@ -76,8 +76,9 @@ def test_cmmd_is_the_double_loop_and_zero_on_equal_sets() -> None:
 
 
 def test_fid_and_kid_agree_with_torchmetrics() -> None:
-    image = pytest.importorskip("torchmetrics.image")
-    pytest.importorskip("torchmetrics.image.fid")
+    # from their modules: the package lists them only where the Inception weights' package is there as well
+    of_fid = pytest.importorskip("torchmetrics.image.fid")
+    of_kid = pytest.importorskip("torchmetrics.image.kid")
 
     class Same(torch.nn.Module):
         num_features = 6
@@ -86,9 +87,9 @@ def test_fid_and_kid_agree_with_torchmetrics() -> None:
             return x
 
     a, b = features(40, 6, 0), features(40, 6, 1, 0.5)
-    fid = image.FrechetInceptionDistance(feature=Same())
+    fid = of_fid.FrechetInceptionDistance(feature=Same())
     fid.set_dtype(torch.float64)
-    kid = image.KernelInceptionDistance(feature=Same(), subsets=1, subset_size=40)
+    kid = of_kid.KernelInceptionDistance(feature=Same(), subsets=1, subset_size=40)
     for metric in (fid, kid):
         metric.update(a, real=True)
         metric.update(b, real=False)
