@@ -12,6 +12,7 @@ A plug-in tests itself in a few lines::
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from concept_erasure.eraser import Eraser, ModelEraser
 from concept_erasure.errors import EditError, SpaceError
 from concept_erasure.registry import Method
 
-__all__ = ["CheckFailed", "ModelEraserBattery"]
+__all__ = ["Battery", "CheckFailed", "ModelEraserBattery"]
 
 CHECKS = (
     "fit-leaves-model",
@@ -47,8 +48,47 @@ class CheckFailed(AssertionError):  # noqa: N818 it says what happened
     """An eraser does not keep what it declares; the message gives the number and the bound."""
 
 
+class Battery(ABC):
+    """Named checks of one method; each is a method ``_check_<name>``."""
+
+    method: Method
+
+    @abstractmethod
+    def checks(self) -> tuple[str, ...]:
+        """Return the names of the checks that apply."""
+
+    def run(self, check: str, folder: Path) -> None:
+        """Run one check.
+
+        Args:
+            check: One of `checks`.
+            folder: An empty folder the check may write to.
+
+        Raises:
+            ValueError: If there is no such check.
+            CheckFailed: If the eraser does not pass.
+        """
+        function = getattr(self, "_check_" + check.replace("-", "_"), None)
+        if function is None:
+            raise ValueError(f"no check {check!r}; there are {', '.join(self.checks())}")
+        if check == "save-load":
+            function(folder)
+        else:
+            function()
+
+    def run_all(self, folder: Path) -> tuple[str, ...]:
+        """Run every check and return their names; ``folder`` as in `run`."""
+        for check in self.checks():
+            self.run(check, folder)
+        return self.checks()
+
+    def _require(self, condition: bool, what: str) -> None:
+        if not condition:
+            raise CheckFailed(f"{self.method.name}: {what}")
+
+
 @dataclass(frozen=True)
-class ModelEraserBattery:
+class ModelEraserBattery(Battery):
     """The checks of one method.
 
     Args:
@@ -73,30 +113,7 @@ class ModelEraserBattery:
         """Return the names of the checks that apply."""
         return tuple(name for name in CHECKS if name not in self.exempt)
 
-    def run(self, check: str, folder: Path) -> None:
-        """Run one check.
-
-        Args:
-            check: One of `checks`.
-            folder: An empty folder the check may write to.
-
-        Raises:
-            ValueError: If there is no such check.
-            CheckFailed: If the eraser does not pass.
-        """
-        function = getattr(self, "_check_" + check.replace("-", "_"), None)
-        if function is None:
-            raise ValueError(f"no check {check!r}; there are {', '.join(self.checks())}")
-        if check == "save-load":
-            function(folder)
-        else:
-            function()
-
     # ------------------------------------------------------------------ helpers
-
-    def _require(self, condition: bool, what: str) -> None:
-        if not condition:
-            raise CheckFailed(f"{self.method.name}: {what}")
 
     def _fitted(self) -> tuple[ModelEraser, nn.Module]:
         model = self.model()

@@ -128,10 +128,7 @@ class Eraser(ABC):
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
         """Return a copy on another device or in another floating dtype."""
-        moved = {
-            name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-            for name, value in self.tensors().items()
-        }
+        moved = _moved(self.tensors(), device, dtype)
         return self._same_as(replace(self, **moved))  # type: ignore[arg-type]  # names of tensor fields
 
     def with_space(self, space: Space | None) -> Self:
@@ -233,6 +230,24 @@ class Eraser(ABC):
     @classmethod
     def _build(cls, record: dict[str, object], tensors: dict[str, Tensor], folder: Path) -> Self:
         config = config_from(cls.config_type, record["config"], folder / CONFIG_FILE)
+        held = cls._fields(tensors, folder / WEIGHTS_FILE)
+        try:
+            space = (
+                None
+                if record["space"] is None
+                else Space.from_dict(cast("dict[str, object]", record["space"]))
+            )
+            report = cast("dict[str, object]", record["report"])
+            built = cls(**held, config=config, space=space, report=report)
+            built._check()
+            built._check_space()
+        except (ShapeError, SpaceError, TypeError, ValueError, KeyError) as error:
+            raise FormatError(f"{folder}: {error}") from None
+        return built
+
+    @classmethod
+    def _fields(cls, tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
+        """Return the fields that hold these tensors; raise FormatError if there are too many or too few."""
         own = {f.name: f for f in fields(cls) if f.name not in {"config", "space", "report"}}
         missing = (
             {n for n, f in own.items() if f.default is MISSING and f.default_factory is MISSING}
@@ -240,22 +255,10 @@ class Eraser(ABC):
             - cls._optional_tensors()
         )
         if unknown := sorted(set(tensors) - set(own)):
-            raise FormatError(f"{folder / WEIGHTS_FILE}: unknown tensors {unknown}")
+            raise FormatError(f"{file}: unknown tensors {unknown}")
         if missing:
-            raise FormatError(f"{folder / WEIGHTS_FILE}: missing tensors {sorted(missing)}")
-        try:
-            space = (
-                None
-                if record["space"] is None
-                else Space.from_dict(cast("dict[str, object]", record["space"]))
-            )
-            absent: dict[str, Tensor | None] = dict.fromkeys(cls._optional_tensors() - set(tensors))
-            built = cls(**tensors, **absent, config=config, space=space, report=record["report"])  # type: ignore[arg-type]
-            built._check()
-            built._check_space()
-        except (ShapeError, SpaceError, TypeError, ValueError, KeyError) as error:
-            raise FormatError(f"{folder}: {error}") from None
-        return built
+            raise FormatError(f"{file}: missing tensors {sorted(missing)}")
+        return {**tensors, **dict.fromkeys(cls._optional_tensors() - set(tensors))}
 
     @classmethod
     def _optional_tensors(cls) -> set[str]:
@@ -273,6 +276,14 @@ class Eraser(ABC):
         if self.space.tokens not in rules:
             raise SpaceError(
                 f"space.tokens must be one of {', '.join(rules)}; got {self.space.tokens!r}"
+            )
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raise SpaceError if this eraser was fitted in another model."""
+        if self.space is not None and self.space.fingerprint not in lineage(model):
+            raise SpaceError(
+                f"this eraser was fitted in {self.space.model} (weights {self.space.fingerprint[:12]}); this model "
+                f"has weights {base_fingerprint(model)[:12]}. Fit it again, or use with_space(None) if you are sure"
             )
 
     def card(self) -> str:
@@ -439,14 +450,9 @@ class RepresentationEraser(Eraser):
 
     def _places(self, model: nn.Module, sites: str | Sequence[str] | None) -> list[Site]:
         model = _module(model)
-        if self.space is not None:
-            if self.space.fingerprint not in lineage(model):
-                raise SpaceError(
-                    f"this eraser was fitted in {self.space.model} (weights {self.space.fingerprint[:12]}); "
-                    f"this model has weights {base_fingerprint(model)[:12]}. Fit it again, or use "
-                    "with_space(None) if you are sure"
-                )
-            sites = self.space.site if sites is None else sites
+        self._check_model(model)
+        if self.space is not None and sites is None:
+            sites = self.space.site
         if sites is None:
             raise SpaceError(
                 "this eraser was fitted on bare tensors and does not know its place; say sites='residual.9'"
@@ -500,6 +506,45 @@ class ModelEraser(Eraser):
     @abstractmethod
     def apply(self, model: nn.Module) -> Edit:
         """Change the weights in place and return the way back."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class WeightsEraser(ModelEraser):
+    """A model eraser whose tensors have names that depend on the model.
+
+    Attributes:
+        weights: Tensors by name; each class says which.
+    """
+
+    weights: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return dict(self.weights)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Return a copy on another device or in another floating dtype."""
+        return self._same_as(replace(self, weights=_moved(self.weights, device, dtype)))
+
+    @classmethod
+    def _fields(cls, tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
+        return {"weights": tensors}  # `_check` knows their names
+
+    @property
+    def _title(self) -> str:
+        concept = getattr(self.config, "concept", "")
+        return f"{self.method}{f' of {concept}' if concept else ''}"
+
+
+def _moved(
+    tensors: Mapping[str, Tensor], device: torch.device | str | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    return {
+        name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        for name, value in tensors.items()
+    }
 
 
 def place_keys(

@@ -30,7 +30,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from concept_erasure._model_battery import CheckFailed, ModelEraserBattery
+from concept_erasure._model_battery import Battery, CheckFailed, ModelEraserBattery
 from concept_erasure.eraser import Eraser, RepresentationEraser
 from concept_erasure.errors import EditError, ErasureWarning, NotFittedError, ShapeError
 from concept_erasure.registry import Method, get
@@ -111,7 +111,7 @@ def make_data(rows: int, width: int, classes: int, seed: int) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
-class EraserBattery:
+class EraserBattery(Battery):
     """The checks of one method.
 
     Args:
@@ -167,31 +167,6 @@ class EraserBattery:
             chosen += IN_MODEL
         return tuple(name for name in chosen if name not in self.exempt)
 
-    def run(self, check: str, folder: Path) -> None:
-        """Run one check.
-
-        Args:
-            check: One of `checks`.
-            folder: An empty folder the check may write to.
-
-        Raises:
-            ValueError: If there is no such check.
-            CheckFailed: If the eraser does not pass.
-        """
-        function = getattr(self, "_check_" + check.replace("-", "_"), None)
-        if function is None:
-            raise ValueError(f"no check {check!r}; there are {', '.join(self.checks())}")
-        if check == "save-load":
-            function(folder)
-        else:
-            function()
-
-    def run_all(self, folder: Path) -> tuple[str, ...]:
-        """Run every check and return their names; ``folder`` as in `run`."""
-        for check in self.checks():
-            self.run(check, folder)
-        return self.checks()
-
     # ------------------------------------------------------------------ helpers
 
     def _data(self, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -230,10 +205,6 @@ class EraserBattery:
                 f"{self.method.name}: {what}: off by {gap:.3e}, "
                 f"allowed {self.tolerance * size:.3e} (scale {size:.3e})"
             )
-
-    def _require(self, condition: bool, what: str) -> None:
-        if not condition:
-            raise CheckFailed(f"{self.method.name}: {what}")
 
     def _matrix(self, eraser: RepresentationEraser) -> Tensor:
         """Linear part ``(d, d)`` in the row convention, found by applying the eraser."""

@@ -61,22 +61,8 @@ class Erase(Protocol):
 
 
 @dataclass(frozen=True)
-class Tpp:
-    """TPP over seeds.
-
-    Attributes:
-        scores: Of each seed.
-        intended: Fall of the probe of the erased class, of each seed.
-        unintended: Mean fall of the other probes, of each seed.
-        before: Mean accuracy of the probes without erasure, of each seed.
-        per_class: Score of each class, averaged over seeds.
-    """
-
+class _OverSeeds:
     scores: tuple[float, ...]
-    intended: tuple[float, ...]
-    unintended: tuple[float, ...]
-    before: tuple[float, ...]
-    per_class: tuple[float, ...]
 
     @property
     def mean(self) -> float:
@@ -87,6 +73,24 @@ class Tpp:
     def deviation(self) -> float:
         """Standard deviation over seeds; 0 for one."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Tpp(_OverSeeds):
+    """TPP over seeds.
+
+    Attributes:
+        scores: Of each seed.
+        intended: Fall of the probe of the erased class, of each seed.
+        unintended: Mean fall of the other probes, of each seed.
+        before: Mean accuracy of the probes without erasure, of each seed.
+        per_class: Score of each class, averaged over seeds.
+    """
+
+    intended: tuple[float, ...]
+    unintended: tuple[float, ...]
+    before: tuple[float, ...]
+    per_class: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Cell]:
         """Return a row for a `Report`."""
@@ -98,7 +102,7 @@ class Tpp:
 
 
 @dataclass(frozen=True)
-class Scr:
+class Scr(_OverSeeds):
     """SCR over seeds.
 
     Attributes:
@@ -110,22 +114,11 @@ class Scr:
         direction: Which attribute is the wanted one, of each seed: 0 for the first.
     """
 
-    scores: tuple[float, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
     oracle: tuple[float, ...]
     other: tuple[float, ...]
     direction: tuple[int, ...]
-
-    @property
-    def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.scores)
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation over seeds; 0 for one."""
-        return statistics.stdev(self.scores) if len(self.scores) > 1 else 0.0
 
     def to_dict(self) -> dict[str, Cell]:
         """Return a row for a `Report`."""

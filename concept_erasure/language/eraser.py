@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from concept_erasure._storage import CONFIG_FILE, config_from, write
+from concept_erasure._storage import write
 from concept_erasure.edit import (
     DensePatch,
     Edit,
@@ -21,10 +21,9 @@ from concept_erasure.edit import (
     Patch,
     active_edits,
     base_fingerprint,
-    lineage,
 )
-from concept_erasure.eraser import EraserConfig, ModelEraser
-from concept_erasure.errors import EditError, FormatError, ShapeError, SpaceError
+from concept_erasure.eraser import EraserConfig, WeightsEraser
+from concept_erasure.errors import EditError, ShapeError
 from concept_erasure.language.loop import OptimizerName, Row, Training, processes, train
 from concept_erasure.language.objective import Anchor, Term
 from concept_erasure.language.parameters import (
@@ -72,7 +71,7 @@ def options_of(spec: Lora | Raw) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class LanguageEraser(ModelEraser):
+class LanguageEraser(WeightsEraser):
     """A change of weights of one language model.
 
     Attributes:
@@ -82,22 +81,6 @@ class LanguageEraser(ModelEraser):
 
     method: ClassVar[str] = "language"
     config_type: ClassVar[type[EraserConfig]] = LanguageConfig
-
-    weights: Mapping[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the weights by name."""
-        return dict(self.weights)
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Self:
-        """Return a copy on another device or in another floating dtype."""
-        moved = {
-            name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-            for name, value in self.weights.items()
-        }
-        return self._same_as(replace(self, weights=moved))
 
     def card(self) -> str:
         """Return the erasure card; of the history it has the first row and the last."""
@@ -147,17 +130,10 @@ class LanguageEraser(ModelEraser):
             raise ValueError(f"form must be 'weights' or 'hook'; got {form!r}")
         if form == "hook" and self.raw:
             raise EditError(f"{self.raw[0]!r} has a new value and no form as a hook; use 'weights'")
-        if self.space is not None and self.space.fingerprint not in lineage(model):
-            raise SpaceError(
-                f"this eraser was fitted in {self.space.model} (weights {self.space.fingerprint[:12]}); this "
-                f"model has weights {base_fingerprint(model)[:12]}. Fit it again, or use with_space(None) if you "
-                "are sure"
-            )
-        return Edit(model, self._patches(model, form), label=self._label(form), key=self._identity)
-
-    def _label(self, form: ApplyForm) -> str:
-        concept = getattr(self.config, "concept", "")
-        return f"{self.method}{f' of {concept}' if concept else ''} ({form})"
+        self._check_model(model)
+        return Edit(
+            model, self._patches(model, form), label=f"{self._title} ({form})", key=self._identity
+        )
 
     def _patches(self, model: nn.Module, form: ApplyForm) -> list[Patch]:
         patches: list[Patch] = []
@@ -221,23 +197,6 @@ class LanguageEraser(ModelEraser):
         write(path / "adapter_model.safetensors", lambda p: save_file(tensors, p))
         write(path / "adapter_config.json", lambda p: p.write_text(text, encoding="utf-8"))
         return path
-
-    @classmethod
-    def _build(cls, record: dict[str, object], tensors: dict[str, Tensor], folder: Path) -> Self:
-        config = config_from(cls.config_type, record["config"], folder / CONFIG_FILE)
-        try:
-            space = (
-                None
-                if record["space"] is None
-                else Space.from_dict(cast("dict[str, object]", record["space"]))
-            )
-            report = cast("dict[str, object]", record["report"])
-            built = cls(tensors, config=config, space=space, report=report)
-            built._check()
-            built._check_space()
-        except (ShapeError, SpaceError, TypeError, ValueError, KeyError) as error:
-            raise FormatError(f"{folder}: {error}") from None
-        return built
 
     def _check(self) -> None:
         if not self.weights:

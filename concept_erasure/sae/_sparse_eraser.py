@@ -1,48 +1,23 @@
-"""What the erasers that change some columns or rows have in common: their tensors, files and checks."""
+"""What the erasers that change some columns or rows have in common."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Self, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from concept_erasure._storage import CONFIG_FILE, config_from
-from concept_erasure.edit import Edit, Patch, active_edits, base_fingerprint, lineage
-from concept_erasure.eraser import ModelEraser
-from concept_erasure.errors import EditError, FormatError, ShapeError, SpaceError
-from concept_erasure.sites import Space
+from concept_erasure.edit import Edit, Patch, active_edits
+from concept_erasure.eraser import WeightsEraser
+from concept_erasure.errors import EditError
 
-__all__ = ["SparseEraser", "check_no_edits", "check_same_model", "settled"]
+__all__ = ["SparseEraser", "check_no_edits", "settled"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class SparseEraser(ModelEraser):
-    """An eraser whose tensors are held by name.
-
-    Attributes:
-        weights: Tensors by name; each class says which.
-    """
-
-    weights: Mapping[str, Tensor]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        return dict(self.weights)
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Self:
-        """Return a copy on another device or in another floating dtype."""
-        moved = {
-            name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-            for name, value in self.weights.items()
-        }
-        return self._same_as(replace(self, weights=moved))
+class SparseEraser(WeightsEraser):
+    """An eraser that changes some columns or rows of weights."""
 
     def apply(self, model: nn.Module) -> Edit:
         """Change the model in place and return the way back.
@@ -55,40 +30,12 @@ class SparseEraser(ModelEraser):
             EditError: If a weight cannot be changed, holds something else than at the fit, or this eraser is in
                 force already.
         """
-        check_same_model(self.space, model)
-        concept = getattr(self.config, "concept", "")
-        label = f"{self.method}{f' of {concept}' if concept else ''}"
-        return Edit(model, self._patches(model), label=label, key=self._identity)
+        self._check_model(model)
+        return Edit(model, self._patches(model), label=self._title, key=self._identity)
 
     @abstractmethod
     def _patches(self, model: nn.Module) -> list[Patch]:
         """Return the patches for this model."""
-
-    @classmethod
-    def _build(cls, record: dict[str, object], tensors: dict[str, Tensor], folder: Path) -> Self:
-        config = config_from(cls.config_type, record["config"], folder / CONFIG_FILE)
-        try:
-            space = (
-                None
-                if record["space"] is None
-                else Space.from_dict(cast("dict[str, object]", record["space"]))
-            )
-            report = cast("dict[str, object]", record["report"])
-            built = cls(tensors, config=config, space=space, report=report)
-            built._check()
-            built._check_space()
-        except (ShapeError, SpaceError, TypeError, ValueError, KeyError) as error:
-            raise FormatError(f"{folder}: {error}") from None
-        return built
-
-
-def check_same_model(space: Space | None, model: nn.Module) -> None:
-    """Raise SpaceError unless an eraser of this space may be applied to a model."""
-    if space is not None and space.fingerprint not in lineage(model):
-        raise SpaceError(
-            f"this eraser was fitted in {space.model} (weights {space.fingerprint[:12]}); this model has weights "
-            f"{base_fingerprint(model)[:12]}. Fit it again, or use with_space(None) if you are sure"
-        )
 
 
 def check_no_edits(model: nn.Module) -> None:

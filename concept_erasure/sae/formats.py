@@ -195,6 +195,8 @@ def _read_dictionary_learning(folder: Path) -> Disentangler:
         tensors = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 their only format
     except Exception as error:  # noqa: BLE001 whatever a damaged archive raises
         raise FormatError(f"{path} is not a readable state dict: {error}") from None
+    if not isinstance(tensors, dict):
+        raise FormatError(f"{path} holds a {type(tensors).__name__}; a state dict is wanted")
     tensors = {name: v for name, v in tensors.items() if isinstance(v, Tensor)}
     kind = str(trainer.get("dict_class", ""))
     sizes = tensors.pop("group_sizes", None)

@@ -35,7 +35,7 @@ from concept_erasure.eraser import EraserConfig, ModelEraser
 from concept_erasure.errors import ShapeError
 from concept_erasure.sae._gate_patch import Gate, GatePatch, Reduction, counted, moved, reduced
 from concept_erasure.sae._places import one_site
-from concept_erasure.sae._sparse_eraser import check_no_edits, check_same_model
+from concept_erasure.sae._sparse_eraser import check_no_edits
 from concept_erasure.sae.activations import special_ids
 from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sites import Space, hook, model_id
@@ -246,7 +246,7 @@ class SaeGateEraser(ModelEraser):
             ShapeError: If the site has another width.
             EditError: If it is in force already.
         """
-        check_same_model(self.space, model)
+        self._check_model(model)
         name = site or ("" if self.space is None else self.space.site)
         config = cast("GateConfig", self.config)
         patch = GatePatch(one_site(model, name), self.gate, config.specials)

@@ -175,6 +175,13 @@ def test_pickled_objects_are_not_run(tmp_path: Path) -> None:
         Disentangler.from_pretrained(tmp_path)
 
 
+def test_an_archive_of_something_else_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save([torch.zeros(2)], tmp_path / "ae.pt")
+    with pytest.raises(FormatError, match="holds a list"):
+        Disentangler.from_pretrained(tmp_path)
+
+
 def test_sparsify_folder(tmp_path: Path) -> None:
     dis = replace(random(), k=3, threshold=torch.zeros(20))
     tensors = {
