@@ -40,12 +40,12 @@ from concept_erasure.sae._concept_tokens import concept_tokens
 from concept_erasure.sae._pisces_fit import value_signs
 from concept_erasure.sae.activations import collect_activations
 from concept_erasure.sae.disentangler import Disentangler
-from concept_erasure.sae.search import Feature, FeatureTable, find_features
+from concept_erasure.sae.search import FeatureTable, find_features
 from concept_erasure.sae.seminmf import semi_nmf
 from concept_erasure.sae.train import TrainConfig, train_vectors
 from concept_erasure.sites import fingerprint
 
-__all__ = ["SaeStudy", "Settings", "contrasted"]
+__all__ = ["SaeStudy", "Settings"]
 
 logger = logging.getLogger(__name__)
 BASELINES = ("leace", "directional ablation", "elm", "rmu")
@@ -66,7 +66,6 @@ class Settings:
         rank: Latents of the semi-NMF.
         nmf_tokens: Vectors of either kind it is fitted to.
         features: Latents of a site that are edited, at most.
-        ratio: How much more often a latent of the semi-NMF fires on the concept's texts than on others.
         taus: Among which one is chosen.
         kls: Divergences in nats.
         controls: Draws of other latents.
@@ -88,7 +87,6 @@ class Settings:
     rank: int = 128
     nmf_tokens: int = 4000
     features: int = 8
-    ratio: float = 3.0
     taus: tuple[float, ...] = (0.3, 0.6)
     kls: tuple[float, ...] = (0.02, 0.05)
     controls: int = 5
@@ -188,24 +186,32 @@ class SaeStudy:
         """Return the dictionaries of a route."""
         return self.matryoshka if route == "Matryoshka" else self.factorised(one)
 
-    def features(self, one: StudyConcept, route: str) -> FeatureTable:
-        """Return the concept's latents, at most so many a site; the table may be empty."""
-        s = self.settings
+    def digest(self, one: StudyConcept, route: str) -> str:
+        """Return a short hash of the dictionaries' tensors, part of the name of whatever is made with them."""
         known = self.dictionaries(one, route)
-        if route != "Matryoshka":
-            return contrasted(known, one.concept.name, s.features, ratio=s.ratio)
-        folder = (
-            self.folder
-            / "features"
-            / f"{_slug(one)}-{self._hash([s.sites, s.widths, s.tokens, s.steps])}"
+        tensors = [
+            known[site].W_enc.detach().cpu().float().numpy().tobytes() for site in sorted(known)
+        ]
+        return hashlib.sha256(b"".join(tensors)).hexdigest()[:12]
+
+    def features(self, one: StudyConcept, route: str) -> FeatureTable:
+        """Return the concept's latents, at most so many a site; the table may be empty.
+
+        Two scores must vote for a latent of the large dictionary, one for a latent of the small one, whose latents are
+        coarse: votes come first in the order.
+        """
+        s = self.settings
+        mark = self._hash(
+            [route, self.digest(one, route), s.features, s.texts, one.concept.to_dict()]
         )
+        folder = self.folder / "features" / f"{_slug(one)}-{mark}"
         if (folder / "features.json").is_file():
             return FeatureTable.load(folder)
-        logger.info("%s: looking for features", one.concept.name)
+        logger.info("%s: looking for features, %s", one.concept.name, route)
         found = find_features(
-            self.model, self.tokenizer, cast("Any", known), one.concept, filters=None,
-            forget_texts=list(one.concept.forget_texts)[: s.texts], retain_texts=self.retain[: s.texts], seed=s.seed,
-            progress=False,
+            self.model, self.tokenizer, cast("Any", self.dictionaries(one, route)), one.concept, filters=None,
+            vote=2 if route == "Matryoshka" else 1, forget_texts=list(one.concept.forget_texts)[: s.texts],
+            retain_texts=self.retain[: s.texts], seed=s.seed, progress=False,
         )  # fmt: skip
         kept = []
         for site in s.sites:
@@ -338,10 +344,9 @@ class SaeStudy:
 
     def tau(self, one: StudyConcept, route: str, features: FeatureTable) -> tuple[float, float]:
         """Return the tau at which the answers to tune on are least likely, and its strength, at the largest KL."""
-        path = (
-            self.folder / "tau"
-            / f"{_slug(one)}-{self._hash([route, [f.name for f in features], self.settings.taus])}.json"
-        )  # fmt: skip
+        names = [feature.name for feature in features]
+        mark = self._hash([route, self.digest(one, route), names, self.settings.taus])
+        path = self.folder / "tau" / f"{_slug(one)}-{mark}.json"
         if path.is_file():
             held = _read(path)
             return float(held["tau"]), float(held["strength"])
@@ -416,9 +421,16 @@ class SaeStudy:
         notes.append(f"{one.concept.name}, {route}: latents {names}.")
         if not len(features):
             return []
-        tau, start = self.tau(one, route, features)
+        try:
+            tau, start = self.tau(one, route, features)
+        except (ConceptErasureError, ValueError) as error:
+            notes.append(f"{one.concept.name}, {route}: failed: {' '.join(str(error).split())}")
+            return []
         made: list[_Made] = []
-        label = {"arm": route, "tau": tau, "latents": [feature.name for feature in features]}
+        digest = self.digest(one, route)
+        label = {
+            "arm": route, "tau": tau, "latents": [feature.name for feature in features], "digest": digest,
+        }  # fmt: skip
         for kl in s.kls:
             first = start * (kl / s.kls[-1]) ** 0.5
 
@@ -433,7 +445,9 @@ class SaeStudy:
                     return self._pisces(one, route, other, tau, first)
 
                 latents = [feature.name for feature in other]
-                key = {"arm": f"{route}, control", "draw": draw, "tau": tau, "latents": latents}
+                key = {
+                    "arm": f"{route}, control", "draw": draw, "tau": tau, "latents": latents, "digest": digest,
+                }  # fmt: skip
                 made.append((self.row(one, key, control, kl, whole=False), None))
         return made
 
@@ -463,42 +477,6 @@ _Part = Callable[[StudyConcept], list[_Made]]
 
 def _no_edit() -> Arm:
     return Arm("no edit", nothing)
-
-
-def contrasted(
-    known: Mapping[str, Disentangler],
-    concept: str,
-    most: int,
-    *,
-    ratio: float = 3.0,
-    least: float = 0.02,
-) -> FeatureTable:
-    """Return the latents of semi-NMFs that fire three times as often on the concept's texts as on others.
-
-    Args:
-        known: By site; their reports hold both rates.
-        concept: Its name.
-        most: Latents of a site.
-        ratio: See above.
-        least: Share of the concept's vectors that a latent must fire on.
-    """
-    kept: list[Feature] = []
-    rates: dict[str, Tensor] = {}
-    for site, dis in known.items():
-        mine, other = (torch.tensor(dis.report[f"{kind}_rate"]) for kind in ("concept", "neutral"))
-        rates[site] = (mine + other) / 2
-        good = ((mine >= ratio * other) & (mine >= least)).nonzero()[:, 0][:most]
-        kept += [
-            Feature(
-                site,
-                int(i),
-                1,
-                scores={"concept_rate": float(mine[i]), "neutral_rate": float(other[i])},
-            )
-            for i in good
-        ]
-    widths = {site: dis.widths for site, dis in known.items()}
-    return FeatureTable(tuple(kept), concept, rates=rates, widths=widths)
 
 
 def _slug(one: StudyConcept) -> str:

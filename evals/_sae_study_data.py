@@ -54,13 +54,18 @@ class StudyConcept:
 
 
 def load_study_concept(
-    path: str | Path, *, synonyms: Sequence[str] = (), limit: int | None = None
+    path: str | Path,
+    *,
+    synonyms: Sequence[str] = (),
+    entities: Mapping[str, str] | None = None,
+    limit: int | None = None,
 ) -> StudyConcept:
     """Read a concept of the benchmark.
 
     Args:
         path: Its json file.
         synonyms: More words for it.
+        entities: Names with a neutral stand-in for each, for ELM's contrast.
         limit: Items of each split at most.
 
     Raises:
@@ -79,6 +84,7 @@ def load_study_concept(
     concept = Concept(
         name=name,
         synonyms=tuple(synonyms),
+        entities=tuple((entities or {}).items()),
         forget_texts=sentences,
         questions=tuple(splits["QA_train"]),
     )

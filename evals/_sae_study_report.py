@@ -107,7 +107,9 @@ def study_report(
         for row in own:
             if "draw" in row["key"] or "failed" in row or not row["wanted"]:
                 continue
-            controls = _of(rows, concept, f"{row['key']['arm']}, control", row["wanted"])
+            drawn = _of(rows, concept, f"{row['key']['arm']}, control", row["wanted"])
+            # one that could not be made to cost as much is no control: it did less for less
+            controls = [one for one in drawn if one["reached"]]
             if controls:
                 compared.append(
                     {
@@ -128,8 +130,8 @@ def study_report(
     sections = [Report("Against controls", compared)] if compared else []
     out.mkdir(parents=True, exist_ok=True)
     images = {}
-    if picture and (drawn := _plot(rows, out / "sae_flagship.png")):
-        images["Change of the answers' log-probability at equal divergence"] = drawn.name
+    if picture and (plot := _plot(rows, out / "sae_flagship.png")):
+        images["Change of the answers' log-probability at equal divergence"] = plot.name
     report = Report(
         "Sparse features: edits at equal divergence", table, dict(meta), lines, sections, images
     )

@@ -1,8 +1,8 @@
 """The language study: every method on Harry Potter in two small models, with attacks; hours, cached and resumable.
 
 ``python -m concept_erasure.evals.flagship_language --out docs/results --cache FOLDER`` writes ``language_MODEL.json``,
-``.md`` and ``.png``. Each row is a file in the cache; stop it and start it again at will. ``--models``, ``--methods``
-and ``--seeds`` do a part of it.
+``.md`` and ``.png``. Each row is a file in ``docs/results/rows``, kept with the results, because it costs half an hour;
+stop the study and start it again at will. ``--models``, ``--methods`` and ``--seeds`` do a part of it.
 """
 
 from __future__ import annotations
@@ -346,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             *loaded[name],
             concept,
             folder=cache / name,
+            rows=arguments.out / "rows" / MODELS[name].name,
             protocol=protocol,
             reference=judge,
             progress=False,

@@ -16,11 +16,12 @@ import argparse
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from concept_erasure.concept import Concept
 from concept_erasure.evals._sae_study import SaeStudy, Settings
 from concept_erasure.evals._sae_study_data import load_neutral, load_study_concept, read_texts
 
@@ -30,6 +31,23 @@ CONCEPTS = {
     "ancient_rome": ("Rome", "Roman", "Caesar"),
     "harry_potter": ("Hogwarts", "Dumbledore", "Voldemort"),
 }
+ROME = {
+    "Ancient Rome": "Old Velmar", "Roman Empire": "Velmaran League", "Roman Republic": "Velmaran Union",
+    "Rome": "Velmar", "Roman": "Velmaran", "Romans": "Velmarans", "Julius Caesar": "Otto Brandt", "Caesar": "Brandt",
+    "Augustus": "Leopold", "Octavian": "Conrad", "Nero": "Hubert", "Constantine": "Albrecht", "Cicero": "Werner",
+    "Pompey": "Dietrich", "Hannibal": "Ulrich", "Carthage": "Tarsen", "Senate": "Assembly", "Tiber": "Lorne",
+    "Colosseum": "Great Hall", "Latin": "Velmarish", "Italy": "Orlen", "Gaul": "Weston",
+}  # fmt: skip
+
+
+def _entities(name: str) -> Mapping[str, str]:
+    """Return stand-ins for the names of a concept; those that ship, if it ships."""
+    if name == "ancient_rome":
+        return ROME
+    try:
+        return dict(Concept.load(name).entities)
+    except FileNotFoundError:
+        return {}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     concepts = [
         load_study_concept(
-            arguments.data / f"{name}.json", synonyms=CONCEPTS.get(name, ()), limit=arguments.limit
+            arguments.data / f"{name}.json",
+            synonyms=CONCEPTS.get(name, ()),
+            entities=_entities(name),
+            limit=arguments.limit,
         )
         for name in arguments.concepts.split(",")
     ]

@@ -182,7 +182,8 @@ class Study:
         model: A causal language model without edits; bit-identical after every row.
         tokenizer: Its tokenizer.
         concept: What is erased.
-        folder: For finished rows, erasers, checkpoints, texts and readings.
+        folder: For erasers, checkpoints, texts and readings, and for finished rows if `rows` is None.
+        rows: For finished rows, to keep them where results are kept.
         protocol: What each row is put through.
         reference: Another model and its tokenizer, to judge generated texts.
         data_dir: Folder with local files for lm-eval's tasks.
@@ -196,6 +197,7 @@ class Study:
         concept: Concept,
         *,
         folder: str | Path,
+        rows: str | Path | None = None,
         protocol: Protocol | None = None,
         reference: tuple[nn.Module, TokenizerLike] | None = None,
         data_dir: str | Path | None = None,
@@ -203,11 +205,13 @@ class Study:
     ) -> None:
         self.model, self.tokenizer, self.concept = model, tokenizer, concept
         self.folder, self.protocol = Path(folder), protocol or Protocol()
+        self.rows = self.folder / "rows" if rows is None else Path(rows)
         self.reference, self.data_dir, self.progress = reference, data_dir, progress
 
     @cached_property
     def _model(self) -> list[str]:
-        name = str(getattr(self.tokenizer, "name_or_path", ""))
+        # the last part of a path: rows made on another machine count
+        name = Path(str(getattr(self.tokenizer, "name_or_path", ""))).name
         return [identify(self.model).weights, name, _hash(self.concept.to_dict())]
 
     def run(
@@ -235,7 +239,7 @@ class Study:
         """
         protocol = protocol or self.protocol
         kind, options = self._options(trial)
-        path = self.folder / "rows" / f"{trial.method}-{self._key(trial, protocol)}.json"
+        path = self.rows / f"{trial.method}-{self._key(trial, protocol)}.json"
         held = _read(path)
         if held is not None:
             logger.info("%s: finished before (%s)", trial.label, path.name)

@@ -54,7 +54,7 @@ class Recipe:
         seed: Of the weights and everything drawn.
     """
 
-    cycles: tuple[int, ...] = (2300,)
+    cycles: tuple[int, ...] = (6400,)
     batch_size: int = 24
     rate: float = 1e-3
     warm_up: int = 100
