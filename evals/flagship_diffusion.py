@@ -426,8 +426,8 @@ def run_study(
         "for; low is good for the first two. Pictures of several seeds are pooled; gaps, EraseEval and certificate are "
         "of the first seed.",
         "Gaps to the twin are differences of these shares; its KID leaves out pairs of the same noise.",
-        "Methods' options were chosen on seed 7 with one object, 'leace and uce' on seed 7 with five. No attack was "
-        "run.",
+        "Methods' options were chosen on seed 7 with one object, 'leace and uce' on seed 7 with five, the balanced "
+        "rows on seed 7 with one, five and ten objects and a style. No attack was run.",
     ]
     sizes = study.sizes
     meta: dict[str, object] = {

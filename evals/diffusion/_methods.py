@@ -29,7 +29,7 @@ SENTENCES = (
     "a {} with a green background", "a {} on black", "an image of a {} on a white background",
 )  # fmt: skip
 """Of the fit: they say a style or a ground, never both; those drawn in the suites say both."""
-_NOTHING = "thing"  # the anchor where the kind is itself a name: a sailboat is a boat
+_NOTHING = "thing"  # the anchor where the kind is itself a name (a sailboat is a boat) or too near
 _STYLE_SENTENCES = ("a {s} picture of a {n}", "a {n}, {s} style", "a {s} {n} with a red background")
 
 
@@ -43,6 +43,8 @@ class Lists:
         concept: Number of the concept of each name, from 0.
         prompts: Sentences with the names, ``len(templates)`` a name.
         anchors: The same sentences with the anchors.
+        neutral: One anchor for all names, as a rule farther from them than a kind is.
+        neutral_anchors: The same sentences with that.
         kept: Names of what stays.
         kept_prompts: Sentences with them.
         kept_words: The name in each of those.
@@ -54,6 +56,8 @@ class Lists:
     concept: tuple[int, ...]
     prompts: tuple[str, ...]
     anchors: tuple[str, ...]
+    neutral: str
+    neutral_anchors: tuple[str, ...]
     kept: tuple[str, ...]
     kept_prompts: tuple[str, ...]
     kept_words: tuple[str, ...]
@@ -110,6 +114,8 @@ def object_lists(objects: Sequence[EmojiObject], targets: Sequence[str]) -> List
         concept=tuple(i for _, _, i in names),
         prompts=filled([name for name, _, _ in names]),
         anchors=filled([kind for _, kind, _ in names]),
+        neutral=_NOTHING,
+        neutral_anchors=filled([_NOTHING for _ in names]),
         kept=tuple(kept),
         kept_prompts=filled(kept),
         kept_words=tuple(name for name in kept for _ in SENTENCES),
@@ -140,6 +146,8 @@ def style_lists(objects: Sequence[EmojiObject], target: str, anchor: str = "flat
         concept=(0,),
         prompts=filled([target], names[::5]),
         anchors=filled([anchor], names[::5]),
+        neutral=anchor,
+        neutral_anchors=filled([anchor], names[::5]),
         kept=(*others, *names),
         kept_prompts=(*filled(others, names), *(f"a picture of a {n}" for n in names)),
         kept_words=(*(o for o in others for _ in names for _ in _STYLE_SENTENCES), *names),
@@ -152,9 +160,11 @@ def _uce_names(pipe: object, lists: Lists) -> Fitted:
     return Fitted(ce.UceEraser.fit(pipe, erase=lists.names, anchor="", preserve=lists.kept))
 
 
-def _uce_eraser(pipe: object, lists: Lists, preserve_weight: float) -> ce.UceEraser:
+def _uce_eraser(
+    pipe: object, lists: Lists, preserve_weight: float, anchors: Sequence[str] | None = None
+) -> ce.UceEraser:
     return ce.UceEraser.fit(
-        pipe, erase=lists.prompts, anchor=lists.anchors, preserve=lists.kept_prompts, rule="all_but_sot",
+        pipe, erase=lists.prompts, anchor=anchors or lists.anchors, preserve=lists.kept_prompts, rule="all_but_sot",
         preserve_rule="all_but_sot", preserve_weight=preserve_weight,
     )  # fmt: skip
 
@@ -325,6 +335,28 @@ def _leace_and_uce(pipe: object, lists: Lists) -> Fitted:
     return Fitted(_Both((_leace(pipe, lists), _uce_keeping(pipe, lists))))
 
 
+def _leace_and_uce_balanced(pipe: object, lists: Lists) -> Fitted:
+    """LEACE and UCE to a neutral anchor; what stays weighs twice as much as what goes, however many go.
+
+    With a weight for each sentence, more to erase means more of it against the rest. A kind is near its things: a
+    dessert is closer to a cake than a thing is.
+    """
+    weight = 2 * len(lists.prompts) / len(lists.kept_prompts)
+    uce = Fitted(_uce_eraser(pipe, lists, weight, lists.neutral_anchors))
+    return Fitted(_Both((_leace(pipe, lists), uce)))
+
+
+def _leace_and_mace_balanced(pipe: object, lists: Lists) -> Fitted:
+    """LEACE and MACE to a neutral anchor; what stays weighs as much as all positions of what goes."""
+    parts: Any = pipe
+    positions = parts.tokenizer.model_max_length - 1
+    mace = ce.MaceEraser.fit(
+        pipe, erase=lists.names, anchor=lists.neutral, preserve=lists.kept_prompts, templates=lists.templates,
+        preserve_weight=positions * len(lists.names) * len(lists.templates),
+    )  # fmt: skip
+    return Fitted(_Both((_leace(pipe, lists), Fitted(mace))))
+
+
 def _leace_by_place_and_uce(pipe: object, lists: Lists) -> Fitted:
     return Fitted(_Both((_leace_by_place(pipe, lists), _uce_keeping(pipe, lists))))
 
@@ -355,6 +387,8 @@ METHODS: dict[str, Callable[[object, Lists], Fitted]] = {
     "leace": _leace,
     "leace by place": _leace_by_place,
     "leace and uce": _leace_and_uce,
+    "leace and uce, balanced": _leace_and_uce_balanced,
+    "leace and mace, balanced": _leace_and_mace_balanced,
     "leace by place and uce": _leace_by_place_and_uce,
     "rlace": _rlace,
     "mean-projection": _mean,

@@ -89,7 +89,10 @@ def test_lists_of_objects_and_styles() -> None:
     assert not set(lists.names) & set(lists.kept)
     gone = [p for p, n in zip(lists.prompts, lists.prompt_concepts(), strict=True) if n == 0]
     assert all("bee" in prompt for prompt in gone)
+    assert set(lists.neutral_anchors) == {one.format(lists.neutral) for one in lists.templates}
+    assert len(lists.neutral_anchors) == len(lists.prompts)
     style = style_lists(objects, "sketch")
+    assert style.neutral_anchors == style.anchors
     assert len(style.prompts) == len(style.anchors)
     assert all("sketch" in prompt for prompt in style.prompts)
     assert not any("sketch" in prompt for prompt in (*style.kept_prompts, *style.anchors))
@@ -108,6 +111,22 @@ def test_every_method_fits_one_object(study: Study, method: str) -> None:
     edit.undo()
     after = (*encoder.parameters(), *study.world.pipe.unet.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("targets", [["corn"], ["corn", "bee", "sailboat", "cake", "whale"]])
+def test_balanced_weights_do_not_depend_on_the_number_of_targets(
+    study: Study, targets: list[str]
+) -> None:
+    lists = object_lists(load_objects(), targets)
+    uce, mace = (
+        METHODS[name](study.world.pipe, lists).eraser.parts[1].eraser.config  # type: ignore[union-attr]
+        for name in ("leace and uce, balanced", "leace and mace, balanced")
+    )
+    kept = uce.preserve_weight * len(lists.kept_prompts)
+    assert kept / (uce.erase_weight * len(uce.concepts)) == pytest.approx(2)
+    assert uce.anchors == lists.neutral_anchors
+    assert mace.preserve_weight / len(lists.prompts) == 15  # positions after the first
+    assert set(mace.anchors) == {"thing"}
 
 
 def test_rank_correlation_by_hand() -> None:
