@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from concept_erasure.concept_items import Item
 from concept_erasure.errors import ConceptErasureError
 from concept_erasure.evals._sae_study_arms import (
     Arm,
@@ -66,6 +67,7 @@ class Settings:
         rank: Latents of the semi-NMF.
         nmf_tokens: Vectors of either kind it is fitted to.
         features: Latents of a site that are edited, at most.
+        spare: Whether latents are looked for that neighbours' answers do not need.
         taus: Among which one is chosen.
         kls: Divergences in nats.
         controls: Draws of other latents.
@@ -87,6 +89,7 @@ class Settings:
     rank: int = 128
     nmf_tokens: int = 4000
     features: int = 8
+    spare: bool = True
     taus: tuple[float, ...] = (0.3, 0.6)
     kls: tuple[float, ...] = (0.02, 0.05)
     controls: int = 5
@@ -195,23 +198,27 @@ class SaeStudy:
         return hashlib.sha256(b"".join(tensors)).hexdigest()[:12]
 
     def features(self, one: StudyConcept, route: str) -> FeatureTable:
-        """Return the concept's latents, at most so many a site; the table may be empty.
-
-        Two scores must vote for a latent of the large dictionary, one for a latent of the small one, whose latents are
-        coarse: votes come first in the order.
-        """
+        """Return the concept's latents, at most so many a site: the most efficient on the questions to tune on."""
         s = self.settings
-        mark = self._hash(
-            [route, self.digest(one, route), s.features, s.texts, one.concept.to_dict()]
-        )
+        what = [
+            "efficiency",
+            route,
+            self.digest(one, route),
+            s.features,
+            s.texts,
+            one.concept.to_dict(),
+        ]
+        mark = self._hash(what if s.spare else [*what, "near not spared"])
         folder = self.folder / "features" / f"{_slug(one)}-{mark}"
         if (folder / "features.json").is_file():
             return FeatureTable.load(folder)
         logger.info("%s: looking for features, %s", one.concept.name, route)
         found = find_features(
             self.model, self.tokenizer, cast("Any", self.dictionaries(one, route)), one.concept, filters=None,
-            vote=2 if route == "Matryoshka" else 1, forget_texts=list(one.concept.forget_texts)[: s.texts],
-            retain_texts=self.retain[: s.texts], seed=s.seed, progress=False,
+            scorers=("efficiency",), vote=1, answers=_answers(one.train),
+            near_answers=_answers(one.near_train) if s.spare else (),
+            forget_texts=list(one.concept.forget_texts)[: s.texts], retain_texts=self.retain[: s.texts], seed=s.seed,
+            progress=False,
         )  # fmt: skip
         kept = []
         for site in s.sites:
@@ -473,6 +480,10 @@ class SaeStudy:
 
 _Made = tuple[dict[str, Any], Callable[[], Arm] | None]
 _Part = Callable[[StudyConcept], list[_Made]]
+
+
+def _answers(items: Sequence[Item]) -> list[tuple[str, str]]:
+    return [(item.prompt, item.continuations[item.answer]) for item in items]
 
 
 def _no_edit() -> Arm:

@@ -71,6 +71,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=Settings().tokens)
     parser.add_argument("--steps", type=int, help="of training a dictionary")
     parser.add_argument("--routes", default=",".join(Settings().routes))
+    parser.add_argument(
+        "--no-spare", action="store_true", help="search without the neighbours' questions"
+    )
     parser.add_argument("--controls", type=int, default=Settings().controls)
     parser.add_argument("--baseline-steps", type=int, default=Settings().steps_baseline)
     parser.add_argument("--limit", type=int, help="items of each kind at most")
@@ -106,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokens=arguments.tokens,
             steps=arguments.steps,
             controls=arguments.controls,
+            spare=not arguments.no_spare,
             steps_baseline=arguments.baseline_steps,
         ),
     )

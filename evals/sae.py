@@ -22,8 +22,9 @@ their usual settings: run several seeds, look at the deviations, and prefer what
 
 from __future__ import annotations
 
+import inspect
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -32,11 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from concept_erasure import registry
-from concept_erasure.collect import collect
+from concept_erasure.collect import check_texts, select
 from concept_erasure.errors import ShapeError
 from concept_erasure.evals.language.likelihood import TokenizerLike
 from concept_erasure.probes import FittedProbe, LinearProbe, Probe
 from concept_erasure.report import Cell, Interval
+from concept_erasure.sae._places import one_site
+from concept_erasure.sae._reading import read
+from concept_erasure.sae.activations import special_ids
 
 __all__ = ["Erase", "Scr", "Tpp", "by_method", "in_model", "scr", "tpp"]
 
@@ -138,7 +142,7 @@ def by_method(name: str, *, options: Mapping[str, Any] | None = None) -> Erase:
 
     Args:
         name: Of a method whose ``fit`` takes vectors and labels.
-        options: Of its fit.
+        options: Of its fit; a method that draws takes the seed of the run unless they hold one.
 
     Raises:
         ValueError: If the method edits models; see `in_model`.
@@ -150,9 +154,10 @@ def by_method(name: str, *, options: Mapping[str, Any] | None = None) -> Erase:
         )
     fit = cast("Callable[..., Change]", entry.load().fit)  # type: ignore[attr-defined]
     given = {**entry.options, **(options or {})}
+    draws = "seed" in inspect.signature(fit).parameters
 
     def erase(x: Tensor, z: Tensor, *, target: int, seed: int) -> Change:
-        return fit(x, z, **given)
+        return fit(x, z, **({"seed": seed} if draws else {}) | given)
 
     return erase
 
@@ -187,10 +192,34 @@ def _check(x: Tensor, labels: Sequence[Tensor]) -> None:
             raise ShapeError(f"labels must have shape ({len(x)},) like x; got {tuple(one.shape)}")
 
 
+def _changed(
+    x: Tensor, erase: Erase | None, erased: Mapping[int, Tensor] | None, targets: Iterable[int]
+) -> Callable[[Tensor, Tensor, Tensor, int, int], Tensor]:
+    """Return the function from training rows, test rows, labels, target and seed to the test rows after erasure."""
+    if (erase is None) == (erased is None):
+        raise ValueError(
+            "give either erase, which is fitted on vectors, or erased, the vectors behind an edited model"
+        )
+    if erased is not None:
+        known = erased
+        for one in targets:
+            if one not in known:
+                raise ValueError(f"erased has no vectors for {one}; there are {sorted(known)}")
+            if known[one].shape != x.shape:
+                raise ShapeError(
+                    f"erased[{one}] must have shape {tuple(x.shape)} like x; got {tuple(known[one].shape)}"
+                )
+        return lambda train, test, z, target, seed: known[target][test]
+    fit = cast("Erase", erase)
+    return lambda train, test, z, target, seed: fit(x[train], z[train], target=target, seed=seed)(
+        x[test]
+    )
+
+
 def tpp(
     x: Tensor,
     z: Tensor,
-    erase: Erase,
+    erase: Erase | None = None,
     *,
     erased: Mapping[int, Tensor] | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
@@ -203,22 +232,24 @@ def tpp(
         x: Vectors, shape ``(n, d)``.
         z: Classes, shape ``(n,)`` int64, three or more.
         erase: Fits the eraser of a class on training vectors, see `by_method`.
-        erased: Class to its vectors of the same rows after erasure, where an eraser changes the model and not vectors
-            (see `in_model`); `erase` is not asked then.
+        erased: In its place, class to the vectors of the same rows after erasure, where an eraser changes the model
+            (see `in_model`). Fit such an eraser on other texts: test rows it was fitted on are not held out.
         seeds: Of the splits.
         share: Of the rows, for training.
         probe: Default `LinearProbe`, L2 as chosen by itself.
 
     Raises:
         ShapeError: If shapes disagree.
-        ValueError: If there are fewer than three classes, or too few rows of one.
+        ValueError: If there are fewer than three classes, too few rows of one, none of it after erasure, or not one of
+            `erase` and `erased`.
     """
     _check(x, [z])
-    classes = z.unique().tolist()
+    classes = [int(one) for one in z.unique()]
     if len(classes) < 3:
         raise ValueError(
             f"TPP needs three classes or more, to see what else changes; got {len(classes)}"
         )
+    changed = _changed(x, erase, erased, classes)
     probe = probe or LinearProbe()
     falls: list[list[list[float]]] = []
     before: list[float] = []
@@ -228,15 +259,10 @@ def tpp(
         clean = [_balanced(p, x[test], z[test] == c) for p, c in zip(fitted, classes, strict=True)]
         before.append(statistics.fmean(clean))
         rows = []
-        for i, one in enumerate(classes):
-            if erased is None:
-                change = erase(x[train], z[train] == one, target=int(one), seed=seed)
-                seen = change(x[test])
-            else:
-                seen = erased[int(one)][test]
+        for one in classes:
+            seen = changed(train, test, z == one, one, seed)
             after = [_balanced(p, seen, z[test] == c) for p, c in zip(fitted, classes, strict=True)]
             rows.append([a - b for a, b in zip(clean, after, strict=True)])
-            del i
         falls.append(rows)
     return _tpp(torch.tensor(falls), before)
 
@@ -256,8 +282,9 @@ def scr(
     x: Tensor,
     wanted: Tensor,
     unwanted: Tensor,
-    erase: Erase,
+    erase: Erase | None = None,
     *,
+    erased: Mapping[int, Tensor] | None = None,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     share: float = 0.7,
     probe: Probe | None = None,
@@ -272,19 +299,22 @@ def scr(
         wanted: First attribute, shape ``(n,)`` bool.
         unwanted: Second attribute, shape ``(n,)`` bool.
         erase: Fits the eraser of an attribute (``target`` 0 for the first).
+        erased: In its place, attribute (0 and 1) to the vectors of the same rows after it was erased, as in `tpp`.
         seeds: Of the splits.
         share: Of the rows, for training.
         probe: Default `LinearProbe`.
 
     Raises:
         ShapeError: If shapes disagree.
-        ValueError: If a combination has too few rows.
+        ValueError: If a combination has too few rows, an attribute none after erasure, or not one of `erase` and
+            `erased` is given.
     """
     a, b = wanted.bool(), unwanted.bool()
     _check(x, [a, b])
     kinds = 2 * a.long() + b.long()
     if len(kinds.unique()) < 4:
         raise ValueError("all four combinations of the attributes must occur")
+    changed = _changed(x, erase, erased, (0, 1))
     probe = probe or LinearProbe()
     rows = []
     for seed in seeds:
@@ -294,9 +324,8 @@ def scr(
         found = []
         for target, (keep, drop) in enumerate(((a, b), (b, a))):
             clean = probe.fit(x[train], keep[train].tolist())
-            change = erase(x[train], drop[train], target=1 - target, seed=seed)
             before, oracle = (_balanced(p, x[test], keep[test]) for p in (biased, clean))
-            after = _balanced(biased, change(x[test]), keep[test])
+            after = _balanced(biased, changed(train, test, drop, 1 - target, seed), keep[test])
             found.append((before, after, oracle, recovered(before, after, oracle)))
         first = 0 if found[0][0] <= found[1][0] else 1
         rows.append((*found[first], found[1 - first][3], first))
@@ -338,29 +367,38 @@ def in_model(
     max_length: int | None = 128,
     batch_size: int = 16,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return the mean vectors of texts as they are, and under the edit of each class, for `tpp`.
+    """Return the mean vectors of texts as they are, and under the edit of each class, for `tpp` and `scr`.
+
+    The tokens that begin, end and pad texts are left out of the means, as in the benchmark: their norms are outliers.
 
     Args:
         model: A live model; left as it is.
         tokenizer: Its tokenizer.
         texts: The texts.
-        applied: Class to a function that returns a context in which the model is edited, such as
+        applied: Class, or attribute, to a function that returns a context in which the model is edited, such as
             ``lambda: eraser.apply(model)`` or ``lambda: eraser.attach(model)``.
         site: Where vectors are read; behind what the edits change.
         max_length: Tokens of a text.
         batch_size: Texts a forward pass.
+
+    Raises:
+        SiteNotFoundError: If the model has no such site.
+        ShapeError: If it holds no vector a token.
+        ValueError: If a text has special tokens only.
     """
+    check_texts(texts, batch_size, max_length)
+    place, called = one_site(model, site), cast("Any", tokenizer)
+    specials = sorted(special_ids(called))
 
-    def read() -> Tensor:
-        found = collect(
-            model, cast("Any", tokenizer), texts, sites=site, tokens="mean", max_length=max_length,
-            batch_size=batch_size, progress=False,
-        )  # fmt: skip
-        return found.x
+    def means() -> Tensor:
+        batches = read(
+            model, called, texts, place, specials, max_length=max_length, batch_size=batch_size
+        )
+        return torch.cat([select(x, mask, "mean") for x, mask in batches])
 
-    clean = read()
+    clean = means()
     changed = {}
     for one, apply in applied.items():
         with apply():
-            changed[one] = read()
+            changed[one] = means()
     return clean, changed

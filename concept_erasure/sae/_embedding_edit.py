@@ -146,7 +146,7 @@ def fit_rows(
         "factors": int(chosen.sum()),
         "of_factors": rank,
         "factorisation_error": errors[-1],
-        "share_removed": float(taken[edited].norm() / seen[edited].norm()),
+        "share_removed": options.delta * float(taken[edited].norm() / seen[edited].norm()),
         "scale": scale,
     }
     return weights, report

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from concept_erasure.sites import Site, base_of, hook
 __all__ = ["GatePatch", "Reduction", "moved", "reduced"]
 
 Reduction = Literal["mean", "max"]
+_Errors = tuple[Tensor, Tensor]  # what `reduced` gives
 
 
 def moved(x: Tensor, gate: Gate) -> Tensor:
@@ -104,7 +106,9 @@ def counted(ids: Tensor | None, mask: Tensor | None, specials: Tensor, like: Ten
 class GatePatch:
     """Deactivate latents at a site in the prompts whose codes would move far enough, and leave the others' bits alone.
 
-    While a text is being generated, the places of all calls since the first count.
+    While a text is being generated, the places of all calls with the same cache count. Beam search reorders the rows of
+    a cache out of sight: a beam is then judged with the earlier places of another beam, as a rule of the same prompt.
+    A copied cache starts anew.
 
     Attributes:
         site: Where.
@@ -120,7 +124,9 @@ class GatePatch:
     flagged: Tensor | None = None  # of the last call, for looking
     _handles: list[RemovableHandle] = field(default_factory=list, repr=False)
     _inputs: dict[str, Any] = field(default_factory=dict, repr=False)
-    _seen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    _seen: WeakKeyDictionary[Any, _Errors] = field(default_factory=WeakKeyDictionary, repr=False)
+    _before: _Errors | None = field(default=None, repr=False)  # what this call goes on from
+    _now: _Errors | None = field(default=None, repr=False)
 
     @property
     def target(self) -> str:
@@ -144,12 +150,22 @@ class GatePatch:
 
         def look(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             given = dict(zip(names, args, strict=False)) | options
-            self._inputs = {
-                key: given.get(key) for key in ("input_ids", "attention_mask", "past_key_values")
-            }
+            self._inputs = {key: given.get(key) for key in ("input_ids", "attention_mask")}
+            # asked before the first layer runs: behind it the cache holds this call's places, too
+            cache = given.get("past_key_values")
+            length = getattr(cache, "get_seq_length", None)
+            self._before = self._seen.get(cache) if length and int(length()) > 0 else None
+            self._now = None
+
+        def keep(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:  # noqa: ANN401
+            parts = out if isinstance(out, tuple) else getattr(out, "values", tuple)()
+            for cache in parts:  # which the first call makes, as a rule
+                if self._now is not None and hasattr(cache, "get_seq_length"):
+                    self._seen[cache] = self._now
 
         self._handles = [
             base.register_forward_pre_hook(look, with_kwargs=True),
+            base.register_forward_hook(keep),
             hook(model, self.site, self._change),
         ]
         return 0.0
@@ -164,22 +180,16 @@ class GatePatch:
         ids, mask = self._inputs.get("input_ids"), self._inputs.get("attention_mask")
         places = counted(ids, mask, torch.tensor(list(self.specials)), x)
         total, count = reduced(change.square().mean(-1), places, gate.reduction)
-        if self._goes_on() and self._seen is not None and len(self._seen[0]) == len(total):
-            before, places_before = self._seen
+        if self._before is not None and len(self._before[0]) == len(total):
+            before, places_before = self._before
             total = total + before if gate.reduction == "mean" else torch.maximum(total, before)
             count = count + places_before
-        self._seen = total, count
+        self._now = total, count
         error = total / count.clamp_min(1) if gate.reduction == "mean" else total
         self.flagged = error >= gate.theta
         # special places of a flagged prompt stay as they are; where() keeps the bits of the rest
         on = (self.flagged[:, None] & places)[..., None]
         return torch.where(on, (x.to(change.dtype) + change).to(x.dtype), x)
-
-    def _goes_on(self) -> bool:
-        """Say whether this call has earlier places of the same prompts behind it."""
-        past = self._inputs.get("past_key_values")
-        length = getattr(past, "get_seq_length", None)
-        return bool(length is not None and int(length()) > 0)
 
     def before(self, value: Tensor | None) -> Tensor | None:
         """Return the value: no parameter is touched."""
@@ -189,7 +199,8 @@ class GatePatch:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._inputs, self._seen = [], {}, None
+        self._handles, self._inputs, self._seen = [], {}, WeakKeyDictionary()
+        self._before = self._now = None
 
     def commit(self) -> None:
         """Refuse."""

@@ -142,7 +142,7 @@ def read_layer(
         depth: Factor of mu.
 
     Raises:
-        ShapeError: If widths differ.
+        ShapeError: If widths differ, or there are more or fewer signs than vectors.
         EditError: If protected latents leave nothing of a write direction.
     """
     if values.ndim != 2 or values.shape[1] != dis.d:
@@ -158,12 +158,14 @@ def read_layer(
     decoder = dis.W_dec[chosen].to(v)
     if protect is not None and len(protect):
         guarded = dis.W_enc[:, protect.to(dis.device)].to(v) * (g * back)[:, None]
-        basis = torch.linalg.qr(guarded).Q
+        left, sizes, _ = torch.linalg.svd(guarded, full_matrices=False)
+        least = torch.finfo(dtype).eps * max(guarded.shape) * sizes.max()
+        basis = left[:, sizes > least]  # two that read the same take one direction, not two
         whole = decoder.norm(dim=1)
         decoder = decoder - (decoder @ basis) @ basis.T
-        left = decoder.norm(dim=1) / whole
-        if bool((left < _KEPT).any()):
-            lost = latents[left.argmin().to(latents.device)]
+        share = decoder.norm(dim=1) / whole
+        if bool((share < _KEPT).any()):
+            lost = latents[share.argmin().to(latents.device)]
             raise EditError(
                 f"latent {int(lost)} at {site!r} writes almost only what protected latents read; protect fewer"
             )
@@ -171,6 +173,10 @@ def read_layer(
     effect = writes * g
     original = dis.W_dec[chosen].to(v)
     count = torch.ones(len(v), dtype=dtype, device=v.device)
+    if neurons is not None and neurons.shape != count.shape:
+        raise ShapeError(
+            f"signs must have shape ({len(v)},), one a value vector of {site!r}; got {tuple(neurons.shape)}"
+        )
     return Layer(
         site=site,
         down=down,

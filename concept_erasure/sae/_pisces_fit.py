@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from concept_erasure.collect import accepted, encode_batch, evaluating
 from concept_erasure.edit import check_writable
-from concept_erasure.errors import SiteNotFoundError
+from concept_erasure.errors import ErasureWarning, SiteNotFoundError
 from concept_erasure.sae._pisces_edit import Change, Layer, read_layer, value_weight
-from concept_erasure.sae._places import one_site
+from concept_erasure.sae._places import named_site, one_site
 from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sites import find_sites, hook
 
-__all__ = ["Place", "dictionaries", "grouped", "layers_of", "mean_rms_ratio", "value_signs"]
+__all__ = [
+    "Place", "dictionaries", "grouped", "layers_of", "mean_rms_ratio", "protected", "value_signs",
+]  # fmt: skip
 
 MOST_TEXTS = 1000  # of which signs are counted, as published
 Place = tuple[str, int]  # a site and a latent
@@ -54,7 +57,7 @@ def dictionaries(
         given: One, or several by layer or site.
 
     Raises:
-        ValueError: If there is none, or one does not sit at an MLP.
+        ValueError: If there is none, or one does not sit at an MLP, or elsewhere than its key says.
         SiteNotFoundError: If the model has no such site.
     """
     if isinstance(given, Disentangler):
@@ -63,8 +66,7 @@ def dictionaries(
         raise ValueError("no dictionaries are given; train one, or see ce.sae.semi_nmf")
     made: dict[str, Disentangler] = {}
     for key, dis in given.items():
-        name = dis.site or (f"mlp.{key}" if isinstance(key, int) else key)
-        site = one_site(model, name)
+        site = named_site(model, key, dis.site)
         if site.kind != "mlp":
             raise ValueError(
                 f"the dictionary {key!r} sits at {site.name!r}, a {site.kind}; value vectors write at an MLP's "
@@ -103,6 +105,36 @@ def grouped(
             "none for most concepts; see the report of find_features, or use ce.sae.semi_nmf on the concept's texts"
         )
     return {site: made[site] for site in known if site in made}
+
+
+def protected(
+    model: nn.Module,
+    given: Mapping[str, Sequence[int]] | Mapping[int, Sequence[int]] | Sequence[Selected],
+    known: Mapping[str, Disentangler],
+) -> dict[str, list[int]]:
+    """Return the latents to protect by the name of their site, each once.
+
+    Raises:
+        ValueError: If one has no dictionary, or its dictionary no such latent.
+        SiteNotFoundError: If the model has no such site.
+    """
+    if isinstance(given, Mapping):
+        pairs = [(key, int(i)) for key, rows in given.items() for i in rows]
+    else:
+        pairs = [(one.site, one.index) for one in given]
+    made: dict[str, list[int]] = {}
+    for key, index in pairs:
+        site = named_site(model, key, "").name
+        if site not in known:
+            raise ValueError(
+                f"latent {index} of {site!r} cannot be protected, as there is no dictionary there; there are "
+                f"{', '.join(known)}"
+            )
+        if not 0 <= index < known[site].n:
+            raise ValueError(f"latent {index} is not in the {known[site].n} of {site!r}")
+        if index not in made.setdefault(site, []):
+            made[site].append(index)
+    return made
 
 
 def down_projection(model: nn.Module, site: str) -> str:
@@ -180,7 +212,7 @@ def value_signs(
         tokenizer: Its tokenizer.
         texts: Of the concept; the first thousand are read.
         sites: Names of MLP sites.
-        tokens: Ids that say the concept. If none occurs, all places but the first of a text count.
+        tokens: Ids that say the concept. If none occurs, all places but the first of a text count, with a warning.
         max_length: Tokens of a text.
         batch_size: Texts a forward pass.
 
@@ -221,6 +253,12 @@ def value_signs(
                 counts[kind] += int(mask.sum())
             model(**accepted(model, batch))
     kind = "said" if counts["said"] else "all"
+    if kind == "all":
+        warnings.warn(
+            f"no text says the concept, so the signs of neurons are those of all {counts['all']} places of its texts",
+            ErasureWarning,
+            stacklevel=3,
+        )
     return {site: sums[kind][site].sign() for site in sites}, counts[kind]
 
 

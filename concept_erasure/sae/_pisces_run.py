@@ -26,7 +26,16 @@ from concept_erasure.sae._pisces_edit import (
     value_weight,
 )
 from concept_erasure.sae._pisces_fit import added, layers_of, mean_rms_ratio, value_signs
-from concept_erasure.sae._pisces_tune import MUS, TAUS, Limits, Point, Score, TextScore, search
+from concept_erasure.sae._pisces_tune import (
+    MUS,
+    TAUS,
+    Limits,
+    Point,
+    Score,
+    TextScore,
+    TooLargeError,
+    search,
+)
 from concept_erasure.sae._sparse_eraser import SparseEraser
 from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sites import Space, model_id
@@ -179,9 +188,19 @@ class Fit:
     def applied(
         self, cls: type[SparseEraser], tau: float, mu: float, parts: Rows | None
     ) -> Iterator[nn.Module]:
-        """Edit the model while the block runs."""
-        made = cls(self._weights(self.changes(tau, mu), parts), config=self.config)
-        with Edit(self.model, made._patches(self.model), label="trial"):
+        """Edit the model while the block runs.
+
+        Raises:
+            TooLargeError: If an edited vector is not finite in the dtype of its weight.
+        """
+        pairs = self.changes(tau, mu)
+        for layer, made in pairs:
+            held = value_weight(self.model.get_submodule(layer.down))[made.columns]
+            more = added(layer, made)
+            if not bool((held.to(more) + more).to(held.dtype).isfinite().all()):
+                raise TooLargeError(f"the edit of {layer.site!r} is not finite in {held.dtype}")
+        trial = cls(self._weights(pairs, parts), config=self.config)
+        with Edit(self.model, trial._patches(self.model), label="trial"):
             yield self.model
 
     def _weights(
@@ -255,6 +274,7 @@ class Fit:
             "sites": sites,
             "vectors": {one.site: len(one.linear) for one, _ in pairs},
             "down_projections": {one.site: one.down for one, _ in pairs},
+            "not_edited": self._left(pairs),
         }
         if self.config.signs == "auto":
             report["sign_places"] = seen
@@ -263,3 +283,13 @@ class Fit:
                 self.model, self.tokenizer, self.texts.forget[:MEASURED_TEXTS], behind
             )
         return report
+
+    def _left(self, pairs: Sequence[tuple[Layer, Change]]) -> list[list[str | int]]:
+        """Return site and latent of those for which no vector is selected: none that carries them has a sign."""
+        edited = {
+            (layer.site, latent)
+            for layer, made in pairs
+            for latent in layer.latents[made.selected.any(0).to(layer.latents.device)].tolist()
+        }
+        every = ((site, latent) for site, held in self.chosen.items() for latent in held)
+        return [list(one) for one in every if one not in edited]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,9 @@ from concept_erasure.collect import evaluating
 from concept_erasure.errors import EditError, ErasureWarning
 from concept_erasure.language.batches import Batch, Encoded, collate, encode, logits_at, pad_id
 
-__all__ = ["MUS", "TAUS", "Limits", "Point", "Score", "TextScore", "harmonic", "search"]
+__all__ = [
+    "MUS", "TAUS", "Limits", "Point", "Score", "TextScore", "TooLargeError", "harmonic", "search",
+]  # fmt: skip
 
 MUS = (4.0, 7.0, 10.0, 13.0, 18.0, 24.0, 30.0, 36.0, 42.0, 50.0)
 TAUS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.5, 0.4, 0.3, 0.2)
@@ -24,6 +27,10 @@ PARTS = ("efficacy", "specificity", "coherence")
 Score = Callable[[nn.Module], Mapping[str, float]]
 """What a model under an edit is worth: numbers named `PARTS`, 1 is best; those left out do not count."""
 _HELD = 1 << 26  # log-probabilities of the original that are kept
+
+
+class TooLargeError(EditError):
+    """An edit does not fit into the dtype of the weights."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def search(
     A weak point strikes all that are no stronger (mu no larger, tau no lower), a strong one all that are no weaker.
 
     Args:
-        applied: From tau and mu to a context in which the model is edited.
+        applied: From tau and mu to a context in which the model is edited; a `TooLargeError` of it is a strong point.
         score: See `Score`.
         taus: Of the grid.
         mus: Of the grid.
@@ -114,8 +121,11 @@ def search(
             break
         if struck(tau, mu):
             continue
-        with applied(tau, mu) as model:
-            parts = {name: float(value) for name, value in score(model).items()}
+        try:
+            with applied(tau, mu) as model:
+                parts = {name: float(value) for name, value in score(model).items()}
+        except TooLargeError:
+            parts = dict.fromkeys(PARTS, 0.0)
         if unknown := sorted(set(parts) - set(PARTS)):
             raise ValueError(f"a score has the parts {', '.join(PARTS)}; got {unknown[0]!r}")
         tried.append(Point(tau, mu, parts, harmonic(list(parts.values())), _verdict(parts, limits)))
@@ -193,7 +203,7 @@ class TextScore:
                 self._retain.append((batch, logits_at(model, batch).float().log_softmax(-1)))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return the three parts."""
+        """Return the three parts; 0 if the model's outputs are not finite, which counts as too strong."""
         with evaluating(model):
             said = _mean(model, self._forget)
             divergence, fall, count = 0.0, 0.0, 0
@@ -202,6 +212,9 @@ class TextScore:
                 divergence += float((before.exp() * (before - after)).sum())
                 fall += float((after - before).gather(1, batch.tokens[:, None]).sum())
                 count += batch.count
+        # max() and min() below would take NaN for no change at all
+        if not math.isfinite(said + divergence + fall):
+            return dict.fromkeys(PARTS, 0.0)
         kl = max(0.0, divergence / count)
         return {
             "efficacy": 1 - min(1.0, _exp(said - self._said)),

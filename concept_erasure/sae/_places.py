@@ -11,7 +11,7 @@ from concept_erasure.collect import Reached, accepted, evaluating
 from concept_erasure.errors import SiteNotFoundError
 from concept_erasure.sites import Site, hook, resolve
 
-__all__ = ["one_site", "post_norm"]
+__all__ = ["named_site", "one_site", "post_norm"]
 
 
 @torch.no_grad()
@@ -58,6 +58,31 @@ def post_norm(model: nn.Module, site: str) -> tuple[str, Tensor] | None:
     norm = model.get_submodule(found[0])
     ones = torch.ones(1, 1, made[-1].shape[-1], device=made[-1].device)
     return found[0], cast("Tensor", norm(ones))[0, 0].float()
+
+
+def named_site(model: nn.Module, key: str | int, own: str) -> Site:
+    """Return the site of a dictionary that is given under a key, and may say its site itself.
+
+    Args:
+        model: The model.
+        key: Name of a site, or number of a layer; a layer is that of its MLP where the dictionary says nothing.
+        own: Site that the dictionary says, or nothing.
+
+    Raises:
+        ValueError: If the two disagree.
+        SiteNotFoundError: If the model has no such site.
+    """
+    if not own:
+        return one_site(model, f"mlp.{key}" if isinstance(key, int) else key)
+    site = one_site(model, own)
+    if isinstance(key, int):
+        layer = site.name.rpartition(".")[2]  # a module path has none to compare
+        same = layer == str(key) or not layer.isdigit()
+    else:
+        same = one_site(model, key).name == site.name
+    if not same:
+        raise ValueError(f"the dictionary given for {key!r} says that it sits at {site.name!r}")
+    return site
 
 
 def one_site(model: nn.Module, site: str) -> Site:

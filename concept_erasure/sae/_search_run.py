@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from concept_erasure.collect import Progress, _shown
+from concept_erasure.language.batches import Encoded, encode
 from concept_erasure.sae._features import Feature
 from concept_erasure.sae._search_filters import Alone, Filters
 from concept_erasure.sae._search_scores import (
+    Attributed,
     Fired,
+    answering,
     attributions,
     fired,
     places_of,
+    saying,
     windows_of,
 )
 from concept_erasure.sae._search_vote import SIDES, elected, levels, order
@@ -83,6 +87,7 @@ class Run:
     progress: Progress | None
     plus: tuple[int, ...]
     minus: tuple[int, ...]
+    pairs: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.places = places_of(self.model, self.known)
@@ -104,6 +109,8 @@ class Run:
         found = {site: self._contrast(site) for site in self.known}
         if "attribution" in self.scorers:
             self._attribution(found)
+        if "efficiency" in self.scorers:
+            self._efficiency(found)
         if "lens" in self.scorers:
             unembedding = Unembedding.of(self.model)
             for site, dis in self.known.items():
@@ -148,17 +155,44 @@ class Run:
 
     def _attribution(self, found: dict[str, dict[str, Tensor]]) -> None:
         """Add what latents add to T+ in the concept's texts and to T- in the others."""
-        others = [*self.texts["near"], *self.texts["neutral"]]
         for name, kind, texts, ids in (
             ("attribution", "concept", self.texts["concept"], self.plus),
-            ("attribution_near", "near", others, self.minus),
+            ("attribution_near", "near", self._others, self.minus),
         ):
-            made, self.answers[kind] = attributions(
-                self.model, self.tokenizer, self.known, self.places, texts, ids, most=self.options.attributed,
-                max_length=self.options.max_length, batch_size=max(1, self.batch_size // 2), progress=self.progress,
-            )  # fmt: skip
-            for site, value in made.items():
+            rows = saying(self.tokenizer, texts, ids, self.options.max_length) if texts else []
+            made = self._attributed(rows[: self.options.attributed])
+            self.answers[kind] = made.answers
+            for site, value in made.mean.items():
                 found[site][name] = value
+
+    @property
+    def _others(self) -> list[str]:
+        return [*self.texts["near"], *self.texts["neutral"]]
+
+    def _attributed(self, rows: Sequence[Encoded]) -> Attributed:
+        return attributions(
+            self.model, self.tokenizer, self.known, self.places, rows, batch_size=max(1, self.batch_size // 2),
+            progress=self.progress,
+        )  # fmt: skip
+
+    def _efficiency(self, found: dict[str, dict[str, Tensor]]) -> None:
+        """Add what latents add to the concept's answers, for what they are worth to other text.
+
+        ``(a_f - a_near,f) / sqrt(F_f + median F)`` with a in nats an answer and F the Fisher information a token of
+        other text. The median keeps latents that do nearly nothing anywhere from the top.
+        """
+        length = self.options.max_length
+        mine, near = (
+            self._attributed(answering(self.tokenizer, self.pairs[kind], length) if self.pairs[kind] else [])
+            for kind in ("concept", "near")
+        )  # fmt: skip
+        other = encode(self.tokenizer, self._others[: self.options.attributed], max_length=length)
+        cost = self._attributed(other).square
+        for site in self.known:
+            floor = cost[site].median().clamp_min(torch.finfo(torch.float32).eps)
+            gain = mine.mean[site] - near.mean[site]
+            found[site] |= {"answers": gain, "fisher": cost[site]}
+            found[site]["efficiency"] = gain / (cost[site] + floor).sqrt()
 
     def _lens(self, unembedding: Unembedding, site: str, dis: Disentangler) -> dict[str, Tensor]:
         """Return the lens score of both ends, 0 outside the shortlist, and keep the shortlist's lists."""

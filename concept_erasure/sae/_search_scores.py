@@ -17,7 +17,9 @@ from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sites import Site, hook, resolve
 
 __all__ = [
+    "Attributed",
     "Fired",
+    "answering",
     "attributions",
     "batches_of",
     "fired",
@@ -188,20 +190,57 @@ def batches_of(
     return [collate(order, part.tolist(), pad_id=fill).to(device) for part in parts if len(part)]
 
 
+def answering(
+    tokenizer: Callable[..., Any], pairs: Sequence[tuple[str, str]], max_length: int
+) -> list[Encoded]:
+    """Return prompts with their answers, of which only the answers are supervised.
+
+    Raises:
+        ValueError: If an answer adds no token to its prompt, or none that fits.
+    """
+    prompts = encode(tokenizer, [prompt for prompt, _ in pairs], max_length=max_length)
+    wholes = encode(tokenizer, [prompt + answer for prompt, answer in pairs], max_length=max_length)
+    made = []
+    for (prompt, answer), short, whole in zip(pairs, prompts, wholes, strict=True):
+        shared = min(len(short), len(whole))
+        same = (short.ids[:shared] == whole.ids[:shared]).long().cumprod(0).sum()
+        mask = whole.supervised.clone()
+        mask[: int(same)] = False
+        if not bool(mask.any()):
+            raise ValueError(
+                f"the answer {answer!r} to {prompt!r} has no token among the first {max_length}"
+            )
+        made.append(replace(whole, supervised=mask))
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class Attributed:
+    """What each latent adds to log-probabilities, to first order, on the CPU.
+
+    Attributes:
+        mean: Nats an answer by site, shape ``(n,)``; zeros if there are no answers.
+        square: Squares of the sums over a text, for each answer, by site, ``(n,)``: twice the divergence a token that
+            taking the latent away costs where the texts are the model's own (the empirical Fisher information).
+        answers: Supervised tokens.
+    """
+
+    mean: dict[str, Tensor]
+    square: dict[str, Tensor]
+    answers: int
+
+
 def attributions(
     model: nn.Module,
     tokenizer: Callable[..., Any],
     dictionaries: Mapping[str, Disentangler],
     places: Mapping[str, Site],
-    texts: Sequence[str],
-    tokens: Sequence[int],
+    rows: Sequence[Encoded],
     *,
-    max_length: int = 128,
     batch_size: int = 8,
-    most: int = 512,
     progress: Progress | None = None,
-) -> tuple[dict[str, Tensor], int]:
-    """Return what each latent adds to the log-probability of some tokens where texts say them, to first order.
+) -> Attributed:
+    """Return what each latent adds to the log-probability of supervised tokens, to first order.
 
     ``sum over places of z_f (d_f . grad log p(answer)) / answers``: the gradient at the site times what the latent
     writes there. Every place before an answer counts, not only the one that predicts it.
@@ -211,22 +250,18 @@ def attributions(
         tokenizer: Its tokenizer.
         dictionaries: By site.
         places: Where their activations are.
-        texts: Texts that say the tokens; those that do not are passed over.
-        tokens: Ids of the tokens.
-        max_length: Tokens of a text.
+        rows: Texts whose supervised tokens are the answers, see `saying` and `answering`.
         batch_size: Texts of a pass.
-        most: Texts at most.
         progress: Whether to show a bar.
-
-    Returns:
-        Nats an answer by site, shape ``(n,)``, on the CPU, and the number of answers; zeros if there are none.
     """
     device = next(model.parameters()).device
-    sums = {
-        name: torch.zeros(dis.n, dtype=torch.float32, device=device)
-        for name, dis in dictionaries.items()
-    }
-    rows = saying(tokenizer, texts, tokens, max_length)[:most] if len(texts) else []
+    sums, squares = (
+        {
+            name: torch.zeros(dis.n, dtype=torch.float32, device=device)
+            for name, dis in dictionaries.items()
+        }
+        for _ in range(2)
+    )
     left_out = torch.tensor(sorted(special_ids(tokenizer)), dtype=torch.int64, device=device)
     answers, done = 0, 0
     with _shown(progress, len(rows), "attribution") as tell:
@@ -234,16 +269,25 @@ def attributions(
             found = _gradients(model, places, batch)
             kept = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, left_out)
             kept[:, 0] = False
+            text = kept.nonzero()[:, 0]
             for name, (x, g) in found.items():
                 dis = dictionaries[name]
                 rows_x, rows_g = (v.reshape(*kept.shape, v.shape[-1])[kept] for v in (x, g))
                 back = dis.W_dec.to(device).T
+                of_text = torch.zeros(len(kept), dis.n, dtype=torch.float32, device=device)
                 for at, z in dis.chunks(rows_x):
-                    sums[name] += (z * (rows_g[at].to(dis.dtype) @ back)).sum(0).float()
+                    added = (z * (rows_g[at].to(dis.dtype) @ back)).float()
+                    of_text.index_add_(0, text[at], added)
+                sums[name] += of_text.sum(0)
+                squares[name] += of_text.square().sum(0)
             answers += batch.count
             done += len(batch.rows)
             tell(done)
-    return {name: (value / max(1, answers)).cpu() for name, value in sums.items()}, answers
+    mean, square = (
+        {name: (value / max(1, answers)).cpu() for name, value in held.items()}
+        for held in (sums, squares)
+    )
+    return Attributed(mean, square, answers)
 
 
 def _gradients(

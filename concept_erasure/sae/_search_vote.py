@@ -56,6 +56,8 @@ def ballots(
         made["contrast"] = scores["contrast"] * (scores["ratio"] >= ratio)
     if "attribution" in scorers:
         made["attribution"] = side * (scores["attribution"] - scores["attribution_near"])
+    if "efficiency" in scorers:
+        made["efficiency"] = side * scores["efficiency"]
     return made
 
 

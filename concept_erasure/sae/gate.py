@@ -28,17 +28,17 @@ from typing import Any, ClassVar, Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from concept_erasure.collect import accepted, encode_batch, evaluating
 from concept_erasure.concept import Concept
 from concept_erasure.edit import Edit, base_fingerprint
 from concept_erasure.eraser import EraserConfig, ModelEraser
 from concept_erasure.errors import ShapeError
-from concept_erasure.sae._gate_patch import Gate, GatePatch, Reduction, counted, moved, reduced
+from concept_erasure.sae._gate_patch import Gate, GatePatch, Reduction, moved, reduced
 from concept_erasure.sae._places import one_site
+from concept_erasure.sae._reading import read
 from concept_erasure.sae._sparse_eraser import check_no_edits
 from concept_erasure.sae.activations import special_ids
 from concept_erasure.sae.disentangler import Disentangler
-from concept_erasure.sites import Space, hook, model_id
+from concept_erasure.sites import Space, model_id
 
 __all__ = ["GateConfig", "SaeGateEraser", "latents_of"]
 
@@ -298,33 +298,22 @@ class _Reader:
 
     def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
         site = one_site(self.model, self.dis.activation_site(self.model))
-        held: list[Tensor] = []
-        handle = hook(self.model, site, held.append)
-        try:
-            with evaluating(self.model):
-                for start in range(0, len(prompts), self.batch_size):
-                    part = prompts[start : start + self.batch_size]
-                    batch = encode_batch(self.model, self.tokenizer, part, start, self.max_length)
-                    self.model(**accepted(self.model, batch))
-                    x = held.pop()
-                    held.clear()
-                    specials = torch.tensor(list(self.specials))
-                    mask = counted(batch["input_ids"], batch["attention_mask"], specials, x)
-                    if bool((empty := ~mask.any(1)).any()):
-                        row = start + int(empty.int().argmax())
-                        raise ValueError(f"prompt {row} has special tokens only: {prompts[row]!r}")
-                    yield x, mask
-        finally:
-            handle.remove()
+        return read(
+            self.model, self.tokenizer, prompts, site, self.specials, max_length=self.max_length,
+            batch_size=self.batch_size,
+        )  # fmt: skip
 
+    @torch.no_grad()
     def used(self, prompts: Sequence[str], top: int) -> Tensor:
-        """Return which latents are among the K largest of any prompt, shape ``(n,)`` bool."""
+        """Return which latents are among the K largest of any prompt, shape ``(n,)`` bool, in a chunk's memory."""
         found = torch.zeros(self.dis.n, dtype=torch.bool, device=self.dis.device)
         for x, mask in self._batches(prompts):
-            largest = (self.dis.encode(x) * mask[..., None]).amax(1)
-            found |= latents_of(largest, top).to(found.device)
+            for row, places in zip(x, mask, strict=True):
+                largest = self.dis.firing(row[places]).largest
+                found |= latents_of(largest[None], top).to(found.device)
         return found
 
+    @torch.no_grad()
     def errors(self, prompts: Sequence[str], gate: Gate) -> Tensor:
         """Return the error of each prompt, shape ``(N,)``."""
         made = []

@@ -39,7 +39,13 @@ from concept_erasure.errors import EditError, ShapeError
 from concept_erasure.language.eraser import LanguageConfig, LanguageEraser
 from concept_erasure.sae._embedding_edit import EmbeddingOptions, embedding_patches, fit_rows
 from concept_erasure.sae._pisces_edit import Coefficient, Scale, value_weight
-from concept_erasure.sae._pisces_fit import Selected, dictionaries, down_projection, grouped
+from concept_erasure.sae._pisces_fit import (
+    Selected,
+    dictionaries,
+    down_projection,
+    grouped,
+    protected,
+)
 from concept_erasure.sae._pisces_run import (
     DepthSchedule,
     Fit,
@@ -108,7 +114,10 @@ class PiscesEraser(SparseEraser):
         ridge: float = 1e-3,
         depth_schedule: DepthSchedule | None = None,
         signs: Literal["auto", "off"] | Mapping[str, Tensor] | None = None,
-        protect: FeatureTable | Mapping[str, Sequence[int]] | None = None,
+        protect: FeatureTable
+        | Mapping[str, Sequence[int]]
+        | Mapping[int, Sequence[int]]
+        | None = None,
         embeddings: bool | EmbeddingOptions = False,
         forget_texts: Sequence[str] | None = None,
         retain_texts: Sequence[str] | None = None,
@@ -142,7 +151,7 @@ class PiscesEraser(SparseEraser):
             depth_schedule: ``"early"`` weakens edits below 9/25 of the depth; ``"none"`` does not.
             signs: ``"auto"`` counts the signs of neurons on the concept; vectors without one are left alone. Signs by
                 site, shape ``(m,)``, if they are at hand (`concept_erasure.sae._pisces_fit.value_signs`).
-            protect: Latents whose linear coefficients must not change, by site.
+            protect: Latents whose linear coefficients must not change, by layer or site.
             embeddings: Whether to edit the concept's token embeddings too, or with which options.
             forget_texts: Texts of the concept; default its own, or the model's samples.
             retain_texts: Texts to keep, for tuning and searching; default likewise.
@@ -189,7 +198,10 @@ class PiscesEraser(SparseEraser):
             )  # fmt: skip
         rows = cast("Sequence[Selected]", getattr(features, "features", features))
         chosen = grouped(model, rows, known)
-        guarded = _protected(protect)
+        guarded = {}
+        if protect is not None:
+            held = cast("Any", getattr(protect, "features", protect))
+            guarded = protected(model, held, known)
         config = replace(
             given,
             features=[[s, i, d] for s, held in chosen.items() for i, d in held.items()],
@@ -292,16 +304,3 @@ def _embedding_options(given: bool | EmbeddingOptions) -> dict[str, Any] | None:
     if given is False:
         return None
     return asdict(EmbeddingOptions() if given is True else given)
-
-
-def _protected(
-    given: FeatureTable | Mapping[str, Sequence[int]] | None,
-) -> dict[str, list[int]]:
-    if given is None:
-        return {}
-    if isinstance(given, Mapping):
-        return {site: [int(i) for i in rows] for site, rows in given.items()}
-    made: dict[str, list[int]] = {}
-    for one in given.features:
-        made.setdefault(one.site, []).append(one.index)
-    return made

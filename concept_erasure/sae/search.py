@@ -8,6 +8,9 @@ Three scores say whether a latent f is about the concept, each with its own blin
   neutral text); it counts where the mean code on the concept is at least three times that on the others.
 - attribution: what it does. Mean of ``z_f (d_f . grad log p(answer))`` over the places where texts say T+, less the
   same for T- where other texts say those; to first order, the nats it adds.
+- efficiency, for who has questions: what it adds to right answers about the concept, less the same for neighbours,
+  over the root of what it is worth to other text. Editing latents moves answers to first order and the divergence on
+  other text to second, so this ranks latents by nats of answer lost at equal divergence. Not among the default.
 
 A latent that is among the best of at least two is a candidate. Then it is edited alone: it is dropped unless T+ falls,
 and if T- falls, if neutral text moves, or if it never fires on the concept. Levels of a Matryoshka dictionary are
@@ -16,7 +19,8 @@ list of zeros is never taken.
 
 Sources: lens, match with token lists, and the filters from Gur-Arieh et al. 2025 (arXiv:2505.22586), sections 3-4 and
 code, with the divergence on neutral text in place of MMLU; contrast from Ashuach et al. 2025 (arXiv:2508.13650).
-Subtracting what neighbours get, the vote and the shortlist (see `concept_erasure.sae.lens`) are ours.
+Subtracting what neighbours get, efficiency, the vote and the shortlist (see `concept_erasure.sae.lens`)
+are ours.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from concept_erasure.errors import ErasureWarning
 from concept_erasure.language._texts import forget_and_retain
 from concept_erasure.sae._concept_tokens import concept_tokens
 from concept_erasure.sae._features import Feature, FeatureTable
-from concept_erasure.sae._places import one_site
+from concept_erasure.sae._places import named_site
 from concept_erasure.sae._search_filters import Filters
 from concept_erasure.sae._search_run import Judge, Run, Search
 from concept_erasure.sae._sparse_eraser import check_no_edits
@@ -46,8 +50,9 @@ from concept_erasure.sites import fingerprint, model_id
 
 __all__ = ["Feature", "FeatureTable", "Filters", "Scorer", "Search", "find_features"]
 
-Scorer = Literal["lens", "contrast", "attribution"]
-SCORERS: tuple[Scorer, ...] = get_args(Scorer)
+Scorer = Literal["lens", "contrast", "attribution", "efficiency"]
+KNOWN: tuple[Scorer, ...] = get_args(Scorer)
+SCORERS = KNOWN[:3]  # the default: efficiency needs questions
 _SEARCH, _FILTERS = Search(), Filters()
 
 
@@ -65,6 +70,8 @@ def find_features(  # noqa: PLR0913 options are spelled out
     forget_texts: Sequence[str] | None = None,
     retain_texts: Sequence[str] | None = None,
     neutral_texts: Sequence[str] | None = None,
+    answers: Sequence[tuple[str, str]] | None = None,
+    near_answers: Sequence[tuple[str, str]] = (),
     words: Sequence[str] = (),
     options: Search = _SEARCH,
     batch_size: int = 16,
@@ -79,7 +86,7 @@ def find_features(  # noqa: PLR0913 options are spelled out
         tokenizer: Its tokenizer.
         disentanglers: A dictionary, or several by layer or site.
         concept: What to look for: its names and entities give T+, its neighbours T-.
-        scorers: Which of ``"lens"``, ``"contrast"`` and ``"attribution"`` are used.
+        scorers: Which of ``"lens"``, ``"contrast"``, ``"attribution"`` and ``"efficiency"`` are used.
         top: Latents of a dictionary, and of each of its levels, that a score can vote for. Higher finds more, with
             less certainty.
         vote: Scores that must vote for a latent.
@@ -89,6 +96,9 @@ def find_features(  # noqa: PLR0913 options are spelled out
         forget_texts: Texts of the concept; default its own, or the model's samples.
         retain_texts: Texts about its neighbours; default likewise.
         neutral_texts: Texts about something else; default none: then damage is measured on those about neighbours.
+        answers: Prompts and right answers about the concept, for ``"efficiency"``. What is found is found on them: keep
+            others to measure on.
+        near_answers: Likewise about its neighbours, which must stay.
         words: More words of the concept, for T+.
         options: Sizes.
         batch_size: Windows of a forward pass.
@@ -98,8 +108,9 @@ def find_features(  # noqa: PLR0913 options are spelled out
 
     Returns:
         The features, best first: by votes, then level, then rank; with scores ``lens``, ``contrast``, ``ratio``,
-        ``attribution``, ``attribution_near``, ``rate_concept``, ``rate_near``, ``rate_neutral``, ``total`` and, if
-        filtered, ``effect``, ``effect_near`` and ``kl``. Candidates that did not pass are in `dropped`.
+        ``attribution``, ``attribution_near``, ``rate_concept``, ``rate_near``, ``rate_neutral``, ``total``, with
+        efficiency ``answers``, ``fisher`` and ``efficiency``, and, if filtered, ``effect``, ``effect_near`` and ``kl``.
+        Candidates that did not pass are in `dropped`.
 
     Raises:
         EditError: If an edit is in force.
@@ -107,7 +118,7 @@ def find_features(  # noqa: PLR0913 options are spelled out
         SiteNotFoundError: If a site does not exist.
         ShapeError: If a dictionary is for another model.
     """
-    _check(scorers, vote, top)
+    _check(scorers, vote, top, answers)
     check_no_edits(model)
     known = _known(model, disentanglers)
     forget, retain = forget_and_retain(
@@ -122,6 +133,7 @@ def find_features(  # noqa: PLR0913 options are spelled out
     run = Run(
         model, tokenizer, known, texts, scorers, top, vote, options, batch_size, seed, progress,
         plus=concept_tokens(tokenizer, concept, words=words), minus=_near(tokenizer, concept, words),
+        pairs={"concept": list(answers or ()), "near": list(near_answers)},
     )  # fmt: skip
     found = run.scored()
     candidates = run.candidates(found)
@@ -136,9 +148,13 @@ def find_features(  # noqa: PLR0913 options are spelled out
     return table
 
 
-def _check(scorers: Sequence[Scorer], vote: int, top: int) -> None:
-    if unknown := [name for name in scorers if name not in SCORERS]:
-        raise ValueError(f"scorers are {', '.join(SCORERS)}; got {unknown[0]!r}")
+def _check(
+    scorers: Sequence[Scorer], vote: int, top: int, answers: Sequence[object] | None
+) -> None:
+    if unknown := [name for name in scorers if name not in KNOWN]:
+        raise ValueError(f"scorers are {', '.join(KNOWN)}; got {unknown[0]!r}")
+    if "efficiency" in scorers and not answers:
+        raise ValueError("efficiency needs answers=: prompts and right answers about the concept")
     if not 1 <= vote <= len(set(scorers)):
         raise ValueError(
             f"vote must lie between 1 and the number of scorers, {len(set(scorers))}; got {vote}"
@@ -157,8 +173,7 @@ def _known(
         raise ValueError("no dictionaries are given; train one, or see ce.sae.semi_nmf")
     made: dict[str, Disentangler] = {}
     for key, dis in given.items():
-        name = dis.site or (f"mlp.{key}" if isinstance(key, int) else key)
-        site = one_site(model, name).name
+        site = named_site(model, key, dis.site).name
         if site in made:
             raise ValueError(f"two dictionaries sit at {site!r}; search them one after the other")
         made[site] = replace(dis, site=site).for_model(model)

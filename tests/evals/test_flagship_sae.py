@@ -32,7 +32,10 @@ def concept_file(folder: Path) -> Path:
         {"q": f"{question}?", "correct_answer": answer, "options": [answer, *WRONG[:3]]}
         for question, _, answer in FACTS
     ]
-    splits = dict.fromkeys(("QA_train", "QA_test", "SimdomQA_train", "SimdomQA_test"), rows)
+    near = [{**row, "q": f"near the table {row['q']}", "correct_answer": WRONG[0]} for row in rows]
+    splits = {
+        **dict.fromkeys(("QA_train", "QA_test"), rows), **dict.fromkeys(("SimdomQA_train", "SimdomQA_test"), near)
+    }  # fmt: skip
     path = folder / "harry.json"
     path.write_text(
         json.dumps({"concept": "harry", "multiple_choice": splits, "sentences": list(FORGET)})

@@ -121,16 +121,46 @@ def test_edits_of_a_model_are_measured_by_what_comes_out() -> None:
         site="residual.1",
     )  # fmt: skip
     torch.testing.assert_close(clean.double(), x, atol=1e-5, rtol=1e-4)
-    through = tpp(clean, z, by_method("leace"), erased=changed, seeds=(0,), probe=PROBE)
-    maps = tpp(
-        x,
-        z,
-        by_method("leace"),
-        erased={c: e(x) for c, e in erasers.items()},
-        seeds=(0,),
-        probe=PROBE,
+    maps = {c: e(x) for c, e in erasers.items()}
+    through, mapped = (
+        tpp(v, z, erased=e, seeds=(0,), probe=PROBE) for v, e in ((clean, changed), (x, maps))
     )
-    assert through.scores == pytest.approx(maps.scores, abs=0.05)
+    assert through.scores == pytest.approx(mapped.scores, abs=0.05)
+
+
+def test_special_tokens_are_no_part_of_a_mean() -> None:
+    """Without them the mean is that of the words, whose vectors in the embedding do not depend on the rest."""
+    model, texts = tiny("llama"), ["apple river", "stone", "one two three"]
+    alone, _ = in_model(model, TinyTokenizer(), texts, {}, site="embedding")
+    begun, _ = in_model(model, TinyTokenizer(add_bos=True), texts, {}, site="embedding")
+    torch.testing.assert_close(begun, alone)
+    with pytest.raises(ShapeError, match="a vector for each"):
+        in_model(model, TinyTokenizer(), texts, {}, site="model.rotary_emb")
+    with pytest.raises(ValueError, match="text 1 has special tokens only"):
+        in_model(model, TinyTokenizer(add_bos=True), ["apple", ""], {}, site="embedding")
+
+
+def test_vectors_behind_an_edit_stand_in_place_of_an_eraser() -> None:
+    """SCR and TPP of what does not depend on rows are the same, fitted or given."""
+    x, a, b = attributes()
+    given = {one: axes("own")(x, a, target=one, seed=0)(x) for one in range(CLASSES)}
+    assert scr(x, a, b, erased=given, seeds=SEEDS, probe=PROBE) == scr(
+        x, a, b, axes("own"), seeds=SEEDS, probe=PROBE
+    )
+    x, z = clusters()
+    given = {one: axes("own")(x, z, target=one, seed=0)(x) for one in range(CLASSES)}
+    assert tpp(x, z, erased=given, seeds=SEEDS, probe=PROBE) == tpp(
+        x, z, axes("own"), seeds=SEEDS, probe=PROBE
+    )
+
+
+def test_a_method_that_draws_takes_the_seed_of_the_run() -> None:
+    x, z = clusters(80)
+    fitted = [
+        by_method("inlp", options=options)(x, z == 0, target=0, seed=seed)
+        for options, seed in (({}, 3), ({"seed": 3}, 4), ({"seed": 0}, 3))
+    ]
+    assert [one.config.seed for one in fitted] == [3, 3, 0]  # type: ignore[attr-defined]
 
 
 def test_bad_inputs() -> None:
@@ -145,3 +175,14 @@ def test_bad_inputs() -> None:
         tpp(x[:4], z[:4], axes("own"))
     with pytest.raises(ValueError, match="four combinations"):
         scr(x, z % 2 == 0, z % 2 == 0, axes("own"))
+    _, a, b = attributes()
+    whole = dict.fromkeys(range(CLASSES), x)
+    with pytest.raises(ValueError, match="no vectors for 3"):
+        tpp(x, z, erased={0: x, 1: x, 2: x})
+    with pytest.raises(ValueError, match="no vectors for 0"):
+        scr(x, a, b, erased={1: x})
+    with pytest.raises(ShapeError, match="like x"):
+        tpp(x, z, erased=whole | {2: x[:-1]})
+    for both in ((None, None), (axes("own"), whole)):
+        with pytest.raises(ValueError, match="either erase"):
+            scr(x, a, b, both[0], erased=both[1])

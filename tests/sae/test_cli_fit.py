@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli")
     write_model(path / "model")
     small_concept().save(path / "orla.yaml")
-    (path / "forget.txt").write_text("orla0 eat bread\norla1 eat milk soup", "utf-8")
+    (path / "forget.txt").write_text("the orla0 eat bread\nthe orla1 eat milk soup", "utf-8")
     (path / "retain.txt").write_text("the barn is red every day\nthe barn is old", "utf-8")
     model, _ = _cli_data.load_model(str(path / "model"))
     width = model.config.hidden_size
@@ -65,7 +65,7 @@ def test_pisces_gives_what_python_gives(folder: Path, tmp_path: Path) -> None:
     want = PiscesEraser.fit(
         model, tokenizer, Concept.load(folder / "orla.yaml"), disentanglers=dis,
         features=FeatureTable.load(folder / "features"), tau=0.5, mu=2.0, seed=1,
-        forget_texts=["orla0 eat bread", "orla1 eat milk soup"], retain_texts=["the barn is red every day"],
+        forget_texts=["the orla0 eat bread", "the orla1 eat milk soup"], retain_texts=["the barn is red every day"],
     )  # fmt: skip
     assert made.tensors().keys() == want.tensors().keys()
     for name, value in want.tensors().items():

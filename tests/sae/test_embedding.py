@@ -68,6 +68,8 @@ def test_delta_is_the_share_that_goes() -> None:
     torch.testing.assert_close(
         half.weights["embedding.change"] * 2, one.weights["embedding.change"]
     )
+    shares = [float(made.report["share_removed"]) for made in (half, one)]  # type: ignore[arg-type]
+    assert 2 * shares[0] == pytest.approx(shares[1]) and shares[0] > 0
 
 
 def tied() -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor
 from concept_erasure.collect import collect
 from concept_erasure.concept import Concept
 from concept_erasure.errors import EditError
+from concept_erasure.sae import disentangler
 from concept_erasure.sae._gate_patch import Gate, GatePatch, counted, moved, reduced
 from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sae.gate import SaeGateEraser, latents_of
@@ -184,6 +185,62 @@ def test_while_generating_all_places_so_far_count() -> None:
             assert patch.flagged is not None and patch.flagged.tolist() == [True]
             model(input_ids=torch.tensor([[50]]))
             assert patch.flagged.tolist() == [False]
+
+
+def test_a_text_that_is_generated_is_judged_alone() -> None:
+    """Behind the first layer the cache of a new text is filled already; texts before it must not count."""
+    model = tiny("llama")
+    read, theta = separating(model, "residual.1")
+    dis = replace(
+        orthonormal(width=WIDTH).to(dtype=torch.float32), site="residual.1", W_enc=read[:, None], b_enc=torch.zeros(1),
+        W_dec=read[None], threshold=theta[None], widths=(1,),
+    )  # fmt: skip
+    eraser = SaeGateEraser.fit(
+        model, TinyTokenizer(), CONCEPT, disentangler=dis, prompts=TARGETS[:1], retain_prompts=KEPT[:1]
+    )  # fmt: skip
+    with eraser.apply(model) as edit:
+        patch = edit.patches[0]
+        assert isinstance(patch, GatePatch)
+        for prompt, flagged in ((KEPT[0], False), (TARGETS[0], True), (KEPT[0], False)):
+            batch = TinyTokenizer()([prompt], return_tensors="pt")
+            model.generate(**batch, max_new_tokens=1, do_sample=False)  # type: ignore[operator]
+            assert patch.flagged is not None and patch.flagged.tolist() == [flagged]
+
+
+def test_each_text_has_its_own_cache() -> None:
+    """Two that are generated in turn do not count for each other, though both are one prompt of one model."""
+    model, eraser, tokenizer = tiny("llama"), fitted(), TinyTokenizer()
+    with eraser.apply(model) as edit:
+        patch = edit.patches[0]
+        assert isinstance(patch, GatePatch)
+        texts = [
+            tokenizer([text], return_tensors="pt")["input_ids"] for text in (TARGETS[0], KEPT[0])
+        ]
+        with torch.no_grad():
+            caches = [model(input_ids=ids, use_cache=True).past_key_values for ids in texts]
+            length = texts[0].shape[1]
+            step = torch.tensor([tokenizer.encode("harry", add_special_tokens=False)])
+            for cache in (caches[0], caches[1], caches[0]):
+                model(input_ids=step, past_key_values=cache, use_cache=True)
+        held = [patch._seen[cache] for cache in caches]
+    counts = [int(count) for _, count in held]
+    assert counts == [length + 2, texts[1].shape[1] + 1]
+    said = float(held[1][0])  # of one place, as nothing else in the second text is the concept's
+    assert float(held[0][0]) == pytest.approx(3 * said, rel=1e-4)
+
+
+def test_codes_are_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = fitted(), []
+    encode = Disentangler.encode
+
+    def watched(self: Disentangler, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        z = encode(self, x, latents)
+        seen.append(z.numel())
+        return z
+
+    monkeypatch.setattr(Disentangler, "encode", watched)
+    monkeypatch.setattr(disentangler, "CHUNK_VALUES", 2 * dictionary().n)
+    assert fitted().digest == before.digest and max(seen) == 2 * dictionary().n
 
 
 def test_reductions() -> None:

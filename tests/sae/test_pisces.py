@@ -17,7 +17,14 @@ from concept_erasure.errors import EditError, ErasureWarning, ShapeError, SiteNo
 from concept_erasure.sae._concept_tokens import concept_tokens
 from concept_erasure.sae._pisces_edit import value_weight
 from concept_erasure.sae._pisces_fit import mean_rms_ratio, value_signs
-from concept_erasure.sae._pisces_tune import Limits, TextScore, harmonic, search
+from concept_erasure.sae._pisces_tune import (
+    PARTS,
+    Limits,
+    TextScore,
+    _verdict,
+    harmonic,
+    search,
+)
 from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sae.pisces import PiscesEraser
 from concept_erasure.sites import find_sites, hook
@@ -100,7 +107,8 @@ def test_signs_are_counted_where_the_text_says_the_concept() -> None:
     assert seen == len(activations) > 0
     torch.testing.assert_close(signs["mlp.1"], activations.sign().sum(0).sign())
     assert bool((signs["mlp.1"] < 0).any())  # gated activations are negative, too
-    _, every = value_signs(model, tokenizer, FORGET, ["mlp.1"], [127])
+    with pytest.warns(ErasureWarning, match="no text says the concept"):
+        _, every = value_signs(model, tokenizer, FORGET, ["mlp.1"], [127])
     assert every == sum(len(text.split()) - 1 for text in FORGET)
 
 
@@ -159,6 +167,11 @@ def test_protected_latents_stay() -> None:
     assert eraser.config.protected == [["mlp.1", 0], ["mlp.1", 7]]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="edited and protected"):
         fit(model, protect={"mlp.1": [2]})
+    by_layer = fit(model, protect={1: [0, 7, 0]})
+    assert torch.equal(by_layer.change("mlp.1"), eraser.change("mlp.1"))
+    for unknown, word in (({"mlp.0": [0]}, "no dictionary there"), ({1: [12]}, "not in the 12")):
+        with pytest.raises(ValueError, match=word):
+            fit(model, protect=unknown)
 
 
 def test_a_half_precision_model_is_edited_in_single_and_cast_once() -> None:
@@ -228,6 +241,31 @@ def test_tuning_on_texts_finds_a_pair_and_says_what_it_tried() -> None:
     assert {trial["tau"] for trial in one.report["trials"]} == {0.5}  # type: ignore[attr-defined]
 
 
+def test_an_edit_too_large_for_the_weights_is_too_strong_and_ends_no_search() -> None:
+    model = taught().half()
+    eraser = fit(
+        model, mu=None, trials=100, score=lambda _: dict.fromkeys(PARTS, 0.8), signs="off", exact=False,
+        disentanglers=replace(dictionary(), W_enc=1e4 * dictionary().W_enc), depth_schedule="none",
+    )  # fmt: skip
+    trials = eraser.report["trials"]
+    assert isinstance(trials, list)
+    assert {one["verdict"] for one in trials} == {"ok", "strong"}
+    assert all(one["value"] == 0 for one in trials if one["verdict"] == "strong")
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float16}
+
+
+def test_latents_that_are_not_edited_are_named() -> None:
+    """In layer 0 no neuron has a sign; in layer 1 the vectors that carry latent 7 have none."""
+    model = taught()
+    known = {f"mlp.{i}": dictionary(f"mlp.{i}") for i in (0, 1)}
+    carried = (value_weight(model.model.layers[1].mlp.down_proj) @ dictionary().W_enc[:, 7]).abs()
+    signs = {"mlp.0": torch.zeros(len(carried)), "mlp.1": (carried <= 0.5 * carried.max()).float()}
+    rows = (Chosen("mlp.0", 3), Chosen("mlp.1", 2), Chosen("mlp.1", 7))
+    eraser = fit(model, disentanglers=known, features=rows, signs=signs)
+    assert eraser.report["not_edited"] == [["mlp.0", 3], ["mlp.1", 7]]
+    assert fit(model).report["not_edited"] == []
+
+
 def test_a_text_score_is_what_it_says() -> None:
     model, tokenizer = taught(), TinyTokenizer()
     tokens = concept_tokens(tokenizer, concept())
@@ -243,6 +281,16 @@ def test_a_text_score_is_what_it_says() -> None:
     assert worse["efficacy"] > 0 and worse["coherence"] < 1
     with pytest.raises(ValueError, match="retain_texts"):
         TextScore(model, tokenizer, FORGET, (), tokens)
+
+
+def test_a_broken_model_is_no_model_without_change() -> None:
+    """A comparison with NaN takes the other side: such a trial would be too weak, and strike those that are."""
+    model, tokenizer = taught(), TinyTokenizer()
+    score = TextScore(model, tokenizer, FORGET, RETAIN, concept_tokens(tokenizer, concept()))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] = float("nan")  # type: ignore[operator]
+    found = score(model)
+    assert found == dict.fromkeys(PARTS, 0.0) and _verdict(found, Limits()) == "strong"
 
 
 class Applied:
@@ -320,6 +368,9 @@ def test_the_ratio_of_the_roots_is_measured() -> None:
         ({"features": (Chosen("mlp.1", 1, 0),)}, ValueError, "direction"),
         ({"disentanglers": {}}, ValueError, "no dictionaries"),
         ({"disentanglers": dictionary("residual.1")}, ValueError, "MLP"),
+        ({"disentanglers": {2: dictionary()}}, ValueError, "given for 2"),
+        ({"disentanglers": {"mlp.0": dictionary()}}, ValueError, "given for 'mlp.0'"),
+        ({"signs": {"mlp.1": torch.ones(3)}}, ShapeError, "signs"),
         ({"disentanglers": dictionary("mlp.9")}, SiteNotFoundError, "mlp"),
         ({"disentanglers": orthonormal(width=64)}, ShapeError, "width"),
         ({"tau": 1.0}, ValueError, "tau"),

@@ -253,6 +253,13 @@ def test_protected_latents_keep_their_coefficients() -> None:
         assert bool((layer.reach < free.reach).all())
 
 
+def test_a_latent_that_is_protected_twice_takes_no_more_than_once() -> None:
+    dis = orthonormal()
+    values = planted(dis)
+    once, twice = (read(dis, values, protect=torch.tensor(rows)) for rows in ([7], [7, 7]))
+    torch.testing.assert_close(once.writes, twice.writes)
+
+
 def test_what_protected_latents_read_whole_cannot_be_edited() -> None:
     dis = orthonormal()
     twin = replace(dis, W_enc=torch.cat((dis.W_enc[:, :11], dis.W_enc[:, 2:3]), 1))

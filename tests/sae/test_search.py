@@ -99,6 +99,39 @@ def test_each_other_score_finds_most_alone(one: Planted, scorer: Any) -> None:
     assert not got & near
 
 
+def test_efficiency_finds_what_answers_need_with_its_direction(one: Planted) -> None:
+    """The questions: sentences of the concept up to a name, which is the answer; likewise about neighbours."""
+
+    def cut(texts: list[str], ids: tuple[int, ...]) -> list[tuple[str, str]]:
+        wanted = {WORDS[i] for i in ids}
+        made = []
+        for text in texts:
+            words = text.split()
+            at = next((k for k, word in enumerate(words) if k and word in wanted), None)
+            if at is not None:
+                made.append((" ".join(words[:at]), f" {words[at]}"))
+        return made[:64]
+
+    answers = cut(list(one.forget), PLUS)
+    table = search(
+        one,
+        scorers=["efficiency"],
+        vote=1,
+        answers=answers,
+        filters=None,
+        options=Search(limit=100),
+    )
+    got = {f.index: f.direction for f in table}
+    first = [f.index for f in table][: len(one.truth)]
+    assert len(set(first) & set(one.truth)) >= len(one.truth) // 2
+    assert all(got[index] == side for index, side in one.truth.items() if index in first)
+    assert all(f.scores["fisher"] >= 0 and f.scores["efficiency"] != 0 for f in table)
+    with pytest.raises(ValueError, match="efficiency needs answers="):
+        search(one, scorers=["efficiency"], vote=1)
+    with pytest.raises(ValueError, match="has no token"):
+        search(one, scorers=["efficiency"], vote=1, answers=[("context0 name0", "")])
+
+
 def test_firing_is_counted_where_texts_say_it(one: Planted) -> None:
     windows = windows_of(one.tokenizer, one.forget, max_length=30, tokens=10_000, seed=0)
     places = places_of(one.model, {"mlp.0": one.dis})
@@ -136,11 +169,20 @@ def test_attribution_is_the_slope_of_the_log_probability(one: Planted) -> None:
     finally:
         handle.remove()
     places = places_of(one.model, {"mlp.0": one.dis})
-    got, answers = attributions(
-        one.model, one.tokenizer, {"mlp.0": one.dis}, places, one.forget, PLUS, max_length=30
-    )
-    assert answers == sum(b.count for b in batches)
-    assert float(got["mlp.0"][latent]) == pytest.approx(slope, rel=0.05)
+    rows = saying(one.tokenizer, one.forget, PLUS, 30)
+    got = attributions(one.model, one.tokenizer, {"mlp.0": one.dis}, places, rows)
+    assert got.answers == sum(b.count for b in batches)
+    assert float(got.mean["mlp.0"][latent]) == pytest.approx(slope, rel=0.05)
+    # the squares are those of sums over one text
+    alone = [
+        attributions(one.model, one.tokenizer, {"mlp.0": one.dis}, places, [row])
+        for row in rows[:5]
+    ]
+    few = attributions(one.model, one.tokenizer, {"mlp.0": one.dis}, places, rows[:5])
+    wanted = sum((a.mean["mlp.0"] * a.answers).square() for a in alone) / few.answers
+    torch.testing.assert_close(few.square["mlp.0"], wanted, rtol=1e-3, atol=1e-9)
+    swapped = attributions(one.model, one.tokenizer, {"mlp.0": one.dis}, places, rows[:5][::-1])
+    torch.testing.assert_close(few.square["mlp.0"], swapped.square["mlp.0"], rtol=1e-3, atol=1e-9)
 
 
 def test_contrast_alone_has_no_sign_so_both_edits_are_tried(one: Planted) -> None:
@@ -298,7 +340,10 @@ def test_controls_are_other_latents_of_like_rate() -> None:
 
 def test_bad_arguments_are_refused(one: Planted) -> None:
     for options, message in (
-        ({"scorers": ["lens", "guess"]}, "scorers are lens, contrast, attribution; got 'guess'"),
+        (
+            {"scorers": ["lens", "guess"]},
+            "scorers are lens, contrast, attribution, efficiency; got 'guess'",
+        ),
         ({"scorers": ["lens"]}, "vote must lie between 1 and the number of scorers, 1; got 2"),
         ({"top": 0}, "top must be at least 1"),
         ({"retain_texts": [], "neutral_texts": []}, "no texts to tell 'Harry' from other things"),
