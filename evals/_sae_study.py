@@ -201,7 +201,7 @@ class SaeStudy:
         """Return the concept's latents, at most so many a site: the most efficient on the questions to tune on."""
         s = self.settings
         what = [
-            "efficiency",
+            "efficiency, all levels",
             route,
             self.digest(one, route),
             s.features,

@@ -208,7 +208,8 @@ def divergence_sum(model: nn.Module, batch: Batch, cache: TargetCache) -> Tensor
 
     config: Any = getattr(model, "config", None)
     size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
-    return chunked(loss, hidden_at(model, batch), Head(model), vocabulary=size).sum()
+    hidden = hidden_at(model, batch)
+    return chunked(loss, hidden, Head(model), vocabulary=size, twice=True).sum()  # for Hessians
 
 
 @dataclass(frozen=True, eq=False)

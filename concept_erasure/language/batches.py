@@ -345,10 +345,14 @@ def chunked(
     *,
     chunk: int | None = None,
     vocabulary: int | None = None,
+    twice: bool = False,
 ) -> Tensor:
     """Return a loss at every position without ever holding the logits of all.
 
-    Each chunk's logits are computed again in the backward pass instead of being kept.
+    The loss at a position depends on the hidden state there alone, so its gradient is found at once, while the
+    logits of its chunk are there, and kept at the width of the hidden states: no logits wait for the backward pass,
+    and none are computed twice. Where that is not all of the gradient (the head is trained itself, or `twice`), each
+    chunk's logits are computed again in the backward pass.
 
     Args:
         loss: Function of logits ``(c, V)`` and of the places ``(c,)`` among the N they are for; returns ``(c,)``.
@@ -356,6 +360,7 @@ def chunked(
         head: From hidden states to logits, a `Head`.
         chunk: Positions at a time; default as many as make 2^24 logits.
         vocabulary: V, needed for the default chunk only; default 2^17.
+        twice: Whether the gradient will be differentiated; without it that raises.
 
     Returns:
         The losses, shape ``(N,)``.
@@ -368,13 +373,40 @@ def chunked(
     def part(states: Tensor, where: Tensor) -> Tensor:
         return loss(head(states), where)
 
-    if len(hidden) <= size:
-        return part(hidden, places)
-    pieces = [
-        checkpoint(part, states, where, use_reentrant=False)
-        for states, where in zip(hidden.split(size), places.split(size), strict=True)
-    ]
-    return torch.cat(cast("list[Tensor]", pieces))
+    pieces = list(zip(hidden.split(size), places.split(size), strict=True))
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return torch.cat([part(*piece) for piece in pieces])
+    if twice or part(hidden[:1].detach(), places[:1]).requires_grad:
+        if len(pieces) == 1:
+            return part(hidden, places)
+        again = [checkpoint(part, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(cast("list[Tensor]", again))
+    losses, slopes = list[Tensor](), list[Tensor]()
+    for states, where in pieces:
+        leaf = states.detach().requires_grad_()
+        losses.append(part(leaf, where))
+        slopes += torch.autograd.grad(losses[-1].sum(), leaf)
+        losses[-1] = losses[-1].detach()
+    made = _WithSlopes.apply(hidden, torch.cat(losses), torch.cat(slopes))  # type: ignore[no-untyped-call]
+    return cast("Tensor", made)
+
+
+class _WithSlopes(torch.autograd.Function):
+    """Losses ``(N,)`` whose gradients ``(N, d)`` at the hidden states are known."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, losses: Tensor, slopes: Tensor) -> Tensor:  # noqa: ANN401 a context of torch
+        ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 a context of torch
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True; in that graph the slopes would be constants
+            raise RuntimeError("to differentiate this gradient again, call chunked(…, twice=True)")
+        (slopes,) = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None
 
 
 def activations_at(model: nn.Module, batch: Batch, site: str) -> Tensor:

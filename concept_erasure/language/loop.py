@@ -18,7 +18,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm.auto import tqdm
 
 from concept_erasure.edit import base_fingerprint
@@ -27,13 +27,23 @@ from concept_erasure.language._state import read_state, write_state
 from concept_erasure.language.objective import Anchor, Term
 from concept_erasure.language.parameters import Parameterisation
 
-__all__ = ["OptimizerName", "Row", "Training", "learning_rate_at", "processes", "train"]
+__all__ = [
+    "Checkpointing",
+    "OptimizerName",
+    "Row",
+    "Training",
+    "learning_rate_at",
+    "processes",
+    "train",
+]
 
 OptimizerName = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Checkpointing = bool | Literal["cheap"]
 Row = dict[str, float]
 _ABSENT = object()
+DEAR = 64  # terms in a sum from which the sum is rather kept than computed again
 HOW = ("checkpoint", "save_every", "log_every", "progress")  # options that do not change the result
 
 
@@ -53,7 +63,9 @@ class Training:
         schedule: What the rate does after them: stay, or fall to zero.
         dtype: Precision of the matrix products. ``"bfloat16"`` is autocast over float32 masters; ``"auto"`` is
             that on accelerators which have it and the model's own precision elsewhere; ``"float32"`` never.
-        checkpointing: Compute activations again in the backward pass instead of keeping them.
+        checkpointing: Compute activations again in the backward pass instead of keeping them: none, ``"cheap"`` ones
+            (norms, activation functions, narrow products, see `_kept`), or all. A block that changes its products in
+            place refuses ``"cheap"``.
         seed: Of everything random.
         checkpoint: Folder for the state; a run that finds its own state there goes on from it.
         save_every: Steps between two states.
@@ -71,7 +83,7 @@ class Training:
     warmup: int = 0
     schedule: Schedule = "constant"
     dtype: Precision = "auto"
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     seed: int = 0
     checkpoint: str | None = None
     save_every: int = 50
@@ -90,6 +102,10 @@ class Training:
             raise ValueError(f"clip must be positive, or None; got {self.clip}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0; got {self.weight_decay}")
+        if not isinstance(self.checkpointing, bool) and self.checkpointing != "cheap":
+            raise ValueError(
+                f"checkpointing must be False, 'cheap' or True; got {self.checkpointing!r}"
+            )
         for name, kind in (("schedule", Schedule), ("dtype", Precision)):
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
@@ -399,21 +415,37 @@ def _dropout(
             parameterisation.dropping = False
 
 
+def _kept(_: object, op: torch._ops.OpOverload, *args: object, **__: object) -> bool:
+    """Return whether the result of an operation is kept for the backward pass: attention and products that are dear.
+
+    A product costs as much a number as its sums have terms, so that the way up from a LoRA's rank is nearly free.
+    Those that narrow are few numbers to compute again (grouped keys and values), or nothing in the block needs them
+    after (the way out of an MLP). Anything else is pointwise.
+    """
+    if op in {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}:
+        terms, width = cast("Tensor", args[-1]).shape
+        return DEAR <= terms <= width
+    return "attention" in op.name()
+
+
 @contextmanager
-def _checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+def _checkpointing(model: nn.Module, what: Checkpointing) -> Iterator[None]:
     """Let the blocks compute their activations again, without the dropout that training mode brings.
 
     The switches of transformers are set directly: its own method also leaves a hook on the embedding.
     """
-    modules = [m for m in model.modules() if on and hasattr(m, "gradient_checkpointing")]
-    if on and not modules:
+    modules = [m for m in model.modules() if what and hasattr(m, "gradient_checkpointing")]
+    if what and not modules:
         raise EditError(
             f"{type(model).__name__} has no blocks that can compute their activations again; use "
             "checkpointing=False"
         )
+    again = partial(checkpoint, use_reentrant=False)
+    if what == "cheap":
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _kept))
     switches = {
         "gradient_checkpointing": True,
-        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+        "_gradient_checkpointing_func": again,
         "training": True,  # of the module that decides, not of those in it: dropout stays off
     }
     before = [{name: m.__dict__.get(name, _ABSENT) for name in switches} for m in modules]

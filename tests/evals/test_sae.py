@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from concept_erasure.collect import collect
 from concept_erasure.errors import ShapeError
@@ -134,10 +134,30 @@ def test_special_tokens_are_no_part_of_a_mean() -> None:
     alone, _ = in_model(model, TinyTokenizer(), texts, {}, site="embedding")
     begun, _ = in_model(model, TinyTokenizer(add_bos=True), texts, {}, site="embedding")
     torch.testing.assert_close(begun, alone)
-    with pytest.raises(ShapeError, match="a vector for each"):
-        in_model(model, TinyTokenizer(), texts, {}, site="model.rotary_emb")
     with pytest.raises(ValueError, match="text 1 has special tokens only"):
         in_model(model, TinyTokenizer(add_bos=True), ["apple", ""], {}, site="embedding")
+
+
+class Flat(nn.Module):
+    """Flattens the tokens of a batch, and has a place with one vector a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(200, 4)
+        self.flat, self.pooled = nn.Identity(), nn.Identity()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        self.flat(x.flatten(0, 1))
+        return self.pooled(x.mean(1))
+
+
+def test_a_site_needs_a_vector_a_token() -> None:
+    model, texts = Flat(), ["apple river", "stone", "one two three"]
+    means = [in_model(model, TinyTokenizer(), texts, {}, site=s)[0] for s in ("embed", "flat")]
+    assert torch.equal(*means)
+    with pytest.raises(ShapeError, match="a vector for each"):
+        in_model(model, TinyTokenizer(), texts, {}, site="pooled")
 
 
 def test_vectors_behind_an_edit_stand_in_place_of_an_eraser() -> None:

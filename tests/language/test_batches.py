@@ -260,6 +260,39 @@ def test_chunks_never_hold_the_logits_of_all_positions():
         chunked(loss, torch.zeros(2, 32), Head(model), chunk=0)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_logits_are_computed_once_unless_the_head_is_trained(chunk):
+    model, batch, seen = tiny("llama").requires_grad_(False), a_batch(), list[int]()
+    want = hidden_at(model, batch).requires_grad_()
+    weight = torch.linspace(-1, 2, batch.count)  # of the positions, known in the backward pass only
+
+    def watched(logits, places):
+        seen.extend(places.tolist())
+        return nll(batch)(logits, places)
+
+    (weight * nll(batch)(Head(model)(want), torch.arange(batch.count))).sum().backward()
+    got = want.detach().requires_grad_()
+    (weight * chunked(watched, got, Head(model), chunk=chunk)).sum().backward()
+    torch.testing.assert_close(got.grad, want.grad)
+    assert seen == [0, *range(batch.count)]  # the first tells whether the head is trained
+
+
+def test_a_gradient_to_differentiate_has_to_be_asked_for():
+    model, batch = tiny("llama").requires_grad_(False), a_batch()
+    hidden = hidden_at(model, batch).requires_grad_()
+    curved = []
+    for value in (
+        nll(batch)(Head(model)(hidden), torch.arange(batch.count)),
+        chunked(nll(batch), hidden, Head(model), chunk=4, twice=True),
+    ):
+        (slope,) = torch.autograd.grad(value.sum(), hidden, create_graph=True)
+        curved += torch.autograd.grad(slope.square().sum(), hidden)
+    torch.testing.assert_close(*curved)
+    value = chunked(nll(batch), hidden, Head(model), chunk=4)
+    with pytest.raises(RuntimeError, match="twice=True"):
+        torch.autograd.grad(value.sum(), hidden, create_graph=True)
+
+
 def test_activations_are_those_of_the_site_and_later_layers_do_not_run():
     model, batch = tiny("llama"), a_batch()
     out = model(input_ids=batch.input_ids, output_hidden_states=True)

@@ -14,9 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from concept_erasure.errors import EditError, FormatError
-from concept_erasure.language import _state
+from concept_erasure.language import _state, loop
 from concept_erasure.language._state import STATE_FILE
 from concept_erasure.language.batches import Batches, Encoded, activations_at, encode, logits_at
 from concept_erasure.language.loop import Training, learning_rate_at, train
@@ -343,28 +344,49 @@ def test_bfloat16_is_autocast_over_float32_masters():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
-def test_checkpointing_has_the_same_result_without_dropout_and_runs_blocks_twice(kind):
-    model, runs = tiny(kind), []
+def test_what_is_computed_again_has_the_same_result_without_dropout_and_costs_as_much_as_it_says(
+    kind, monkeypatch
+):
+    monkeypatch.setattr(loop, "DEAR", 16)  # as narrow as these models are
+    model, cost, want = tiny(kind), {}, {}
     if kind == "gpt2":
         assert model.config.resid_pdrop > 0  # would be on in training mode
-    _, want = run(replace(QUICK, steps=2), model=model)
-    block = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[1]
     flags = [dict(m.__dict__) for m in model.modules()]
-    handle = next(block.children()).register_forward_hook(lambda *_: runs.append(0))
-    run(replace(QUICK, steps=2), model=model)
-    plain = len(runs)
-    _, state = run(replace(QUICK, steps=2, checkpointing=True), model=model)
-    handle.remove()
-    close(want, state)
-    assert len(runs) - plain == 2 * plain
-    assert flags == [m.__dict__ for m in model.modules()]
-    assert not any(m._forward_hooks for m in model.modules())
+    for what in (False, "cheap", True):
+        with FlopCounterMode(display=False) as counter:
+            _, state = run(replace(QUICK, steps=2, checkpointing=what), model=model)
+        want = want or state
+        close(want, state)
+        cost[what] = counter.get_total_flops()
+        assert flags == [m.__dict__ for m in model.modules()]
+        assert not any(m._forward_hooks for m in model.modules())
+    # narrow keys and values, a LoRA's way up, and where it is not one operation (gemma2) attention
+    assert cost[False] <= cost["cheap"] < 1.15 * cost[False]
+    assert cost[True] > cost["cheap"] + 0.1 * cost[False]
 
 
-def test_checkpointing_draws_the_same_dropout_when_it_computes_again():
+def test_another_word_for_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="checkpointing must be"):
+        Training(checkpointing="all")
+
+
+def test_dear_products_and_attention_are_kept_and_nothing_else():
+    aten, ones = torch.ops.aten, torch.ones
+    kept = loop._kept
+    assert kept(None, aten.mm.default, ones(5, 64), ones(64, 64))
+    assert kept(None, aten.addmm.default, ones(128), ones(5, 64), ones(64, 128))
+    assert not kept(None, aten.mm.default, ones(5, 64), ones(64, 32))  # narrows
+    assert not kept(None, aten.mm.default, ones(5, 16), ones(16, 64))  # up from a LoRA's rank
+    assert kept(None, aten._scaled_dot_product_flash_attention_for_cpu.default)
+    assert kept(None, aten._scaled_dot_product_efficient_attention.default)
+    assert not kept(None, aten.silu.default, ones(5))
+
+
+@pytest.mark.parametrize("what", ["cheap", True])
+def test_checkpointing_draws_the_same_dropout_when_it_computes_again(what):
     spec = replace(LORA, dropout=0.5)
     _, want = run(replace(QUICK, steps=3), spec=spec)
-    _, state = run(replace(QUICK, steps=3, checkpointing=True), spec=spec)
+    _, state = run(replace(QUICK, steps=3, checkpointing=what), spec=spec)
     close(want, state)
 
 
