@@ -415,13 +415,16 @@ def run_study(
         ]
         if not study.has_twin(name):
             notes.append("No twin was trained for this setting, so gaps to it are absent.")
-        twin = study.has_twin(name)
+        twin = "never knew" in first
         rows = [
             _row(cells, study.gaps(cells[0]) if twin and "hits" in cells[0] else None)
             for cells in first.values()
         ]
         sections.append(Report(name.capitalize(), rows, {}, notes))
-    sections += [mixtures(study, name) for name in settings if study.has_twin(name)]
+    known = [
+        name for name in settings if study.has_twin(name) and there(name, "never knew", seeds[0])
+    ]
+    sections += [mixtures(study, name) for name in known]
     notes = [
         "Erased, synonym, neighbour and kept are shares of pictures in which the classifier sees what the prompt asks "
         "for; low is good for the first two. Pictures of several seeds are pooled; gaps, EraseEval and certificate are "
