@@ -41,7 +41,7 @@ from concept_erasure.sae._concept_tokens import concept_tokens
 from concept_erasure.sae._pisces_fit import value_signs
 from concept_erasure.sae.activations import collect_activations
 from concept_erasure.sae.disentangler import Disentangler
-from concept_erasure.sae.search import Feature, FeatureTable, Search, find_features
+from concept_erasure.sae.search import Feature, FeatureTable, find_features
 from concept_erasure.sae.seminmf import semi_nmf
 from concept_erasure.sae.train import TrainConfig, train_vectors
 from concept_erasure.sites import fingerprint
@@ -215,7 +215,7 @@ class SaeStudy:
         logger.info("%s: looking for features, %s", one.concept.name, route)
         found = find_features(
             self.model, self.tokenizer, cast("Any", self.dictionaries(one, route)), one.concept, filters=None,
-            scorers=("efficiency",), vote=1, top=s.features, options=Search(limit=1000),
+            scorers=("efficiency",), vote=1, top=s.features,
             answers=_answers(one.train), near_answers=_answers(one.near_train) if s.spare else (),
             forget_texts=list(one.concept.forget_texts)[: s.texts], retain_texts=self.retain[: s.texts], seed=s.seed,
             progress=False,

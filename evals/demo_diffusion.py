@@ -21,7 +21,7 @@ from concept_erasure.report import Report
 __all__ = ["main", "run"]
 
 OBJECT, STYLE = "corn", "sketch"
-BEST = "leace by place and uce"  # of the study, see docs/results/diffusion.md
+BEST = "leace and uce, balanced"  # of the study, see docs/results/diffusion.md
 
 
 def run(

@@ -401,9 +401,7 @@ class _WithSlopes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 a context of torch
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph=True; in that graph the slopes would be constants
+        if torch.is_grad_enabled():  # create_graph=True: the slopes would be constants
             raise RuntimeError("to differentiate this gradient again, call chunked(…, twice=True)")
         (slopes,) = ctx.saved_tensors
         return (grad[:, None] * slopes).to(slopes.dtype), None, None

@@ -48,6 +48,7 @@ class Search:
         attributed: Texts of each kind through which gradients are taken.
         max_length: Tokens read together.
         limit: Candidates that are edited alone, best first; each costs a forward pass over the texts of `Filters`.
+            Without filters all candidates stay.
     """
 
     list_length: int = 50
@@ -229,10 +230,10 @@ class Run:
         self, candidates: Sequence[Feature], filters: Filters | None, judge: Judge | None
     ) -> tuple[list[Feature], list[Feature]]:
         """Return candidates that pass, and those that do not with the reason, all with their evidence."""
-        tested = list(candidates[: self.options.limit])
+        limit = len(candidates) if filters is None else self.options.limit
+        tested = list(candidates[:limit])
         rest = [
-            _because(one, f"not tested: more than {self.options.limit} candidates")
-            for one in candidates[self.options.limit :]
+            _because(one, f"not tested: more than {limit} candidates") for one in candidates[limit:]
         ]
         if not tested:
             return [], rest

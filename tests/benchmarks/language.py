@@ -334,9 +334,9 @@ def _reset_peak() -> None:
 def memory() -> tuple[list[Row], Row]:
     """Return the goals on memory, as training is by default and with checkpointing, and the megabytes behind them.
 
-    Each is measured twice. As the C library comes, freed blocks stay with the process and are not always
-    used again (glibc 2.36). With
-    ``MALLOC_MMAP_THRESHOLD_`` at 1 MB every large tensor is a mapping of its own, given back when freed.
+    Each is measured twice. As the C library comes, freed blocks stay with the process and are not always used again
+    (glibc 2.36). With ``MALLOC_MMAP_THRESHOLD_`` at 1 MB every large tensor is a mapping of its own, given back when
+    freed.
     """
     found: Row = {}
     for held, variables in (("", {}), (", without holes", {"MALLOC_MMAP_THRESHOLD_": "1000000"})):

@@ -132,6 +132,14 @@ def test_efficiency_finds_what_answers_need_with_its_direction(one: Planted) -> 
         search(one, scorers=["efficiency"], vote=1, answers=[("context0 name0", "")])
 
 
+def test_the_limit_counts_what_is_edited_alone(one: Planted, found: FeatureTable) -> None:
+    every = search(one, filters=None, options=Search(limit=2))
+    assert len(every) >= len(found) > 2 and not every.dropped
+    few = search(one, options=Search(limit=2))
+    assert len(few) <= 2
+    assert any("more than 2 candidates" in str(f.evidence["dropped"]) for f in few.dropped)
+
+
 def test_firing_is_counted_where_texts_say_it(one: Planted) -> None:
     windows = windows_of(one.tokenizer, one.forget, max_length=30, tokens=10_000, seed=0)
     places = places_of(one.model, {"mlp.0": one.dis})

@@ -1,9 +1,9 @@
 """Train the denoiser of the emoji world, whole or as a twin that never knew one concept.
 
-A twin is the same network from the same seed with the same recipe, trained without any picture or caption of one
-object or style. Text encoder and autoencoder, the public parts, are kept. Latents and text embeddings are made once
-and held in memory, so a step costs only the denoiser. Every step draws from its own generator: a run that was
-interrupted goes on with the same pictures.
+A twin is the same network, trained in the same way from random weights without any picture or caption of one object or
+style, on fewer pictures than the whole model (`Recipe`'s defaults). Text encoder and autoencoder, the public parts, are
+kept. Latents and text embeddings are made once and held in memory, so a step costs only the denoiser. Every step draws
+from its own generator: a run that was interrupted goes on with the same pictures.
 """
 
 from __future__ import annotations
