@@ -36,7 +36,7 @@ MODES = {
     "concept": "a concept in a language model (--concept)",
     "pipe": "a text-to-image pipeline (--pipe)",
 }
-FAMILIES = {"concept": ("language", "sae"), "pipe": ("diffusion",), "vectors": (), "texts": ()}
+CONCEPT_FAMILIES = ("language", "sae")
 
 
 def say(text: str = "") -> None:
@@ -124,14 +124,18 @@ def family_of(method: str, mode: str) -> registry.Method:
         "disentanglers=FOLDER",
         "diffusion": "it edits a text-to-image pipeline: give --pipe and --erase",
     }
-    allowed = FAMILIES[mode]
-    if allowed and entry.family not in allowed:
-        known = [n for n in registry.names() if registry.get(n).family in allowed]
+    if mode in ("vectors", "texts"):
+        if entry.family in needs:
+            raise ValueError(f"--method {method} takes no SOURCE; {needs[entry.family]}")
+        return entry
+    if mode == "pipe":
+        known = registry.for_pipelines()
+    else:
+        known = [n for n in registry.names() if registry.get(n).family in CONCEPT_FAMILIES]
+    if entry.name not in known:
         raise ValueError(
             f"--method {method} is not for {MODES[mode]}; methods that are: {', '.join(known) or 'none'}"
         )
-    if not allowed and entry.family in needs:
-        raise ValueError(f"--method {method} takes no SOURCE; {needs[entry.family]}")
     return entry
 
 

@@ -79,9 +79,22 @@ def fit_pipe(command: Fit) -> None:
         for option in ("preset", "seed", "batch_size", "rank")
         if (value := getattr(command, option)) is not None
     }
-    options = fit_options(name, kind, named, given_options(command.option))
-    pipe = load_pipe(command.pipe or "", command.device)
-    eraser = kind.fit(pipe, **{**entry.options, **lists, **options})
+    given = given_options(command.option)
+    if entry.family == "linear":
+        # its sentences are not the fit's own options
+        for option in ("templates", "rule", "batch_size"):
+            for held in (named, given):
+                if option in held:
+                    lists[option] = held.pop(option)
+        options = fit_options(name, kind, named, given)
+        pipe = load_pipe(command.pipe or "", command.device)
+        from concept_erasure.diffusion.labelled import named_representations
+
+        eraser = kind.fit(named_representations(pipe, **lists), **{**entry.options, **options})
+    else:
+        options = fit_options(name, kind, named, given)
+        pipe = load_pipe(command.pipe or "", command.device)
+        eraser = kind.fit(pipe, **{**entry.options, **lists, **options})
     eraser.save_pretrained(command.out)
     announce(eraser, command.out)
 
@@ -89,13 +102,17 @@ def fit_pipe(command: Fit) -> None:
 def apply_pipe(command: Apply) -> None:
     """Write an edit as a LoRA file, or the edited pipeline to a folder."""
     from concept_erasure.diffusion.eraser import DiffusionEraser
+    from concept_erasure.diffusion.projections import text_edit
+    from concept_erasure.eraser import RepresentationEraser
 
     eraser = load_eraser(command.eraser)
-    if not isinstance(eraser, DiffusionEraser):
+    if not isinstance(eraser, DiffusionEraser | RepresentationEraser):
         raise TypeError(
             f"--eraser {command.eraser} is a {eraser.method} eraser, which no pipeline takes"
         )
     pipe = load_pipe(command.pipe or "", command.device)
+    if isinstance(eraser, RepresentationEraser):
+        eraser = text_edit(eraser, pipe)
     if Path(command.out).suffix == ".safetensors":
         eraser.to_lora(pipe, command.out, dtype=torch.float32)
         say(f"wrote a LoRA to {command.out}; load it with pipe.load_lora_weights")
@@ -113,9 +130,7 @@ def apply_pipe(command: Apply) -> None:
 
 def compare_pipes(command: Compare) -> None:
     """Fit several methods on a pipeline; write table and plot, and print the table."""
-    methods = comma_names(command.methods) or [
-        name for name in registry.names() if registry.get(name).family == "diffusion"
-    ]
+    methods = comma_names(command.methods) or registry.for_pipelines()
     for name in methods:
         family_of(name, "pipe")
     lists = _lists(command)

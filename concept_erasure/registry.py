@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from concept_erasure.eraser import Eraser
 
-__all__ = ["ENTRY_POINT_GROUP", "GUARANTEES", "METHODS", "Method", "get", "load", "names"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "GUARANTEES",
+    "METHODS",
+    "Method",
+    "for_pipelines",
+    "get",
+    "load",
+    "names",
+]
 
 ENTRY_POINT_GROUP = "concept_erasure.methods"
 
@@ -311,6 +320,21 @@ def _plugins() -> dict[str, Method]:
 def names() -> list[str]:
     """Return the names of all methods, plug-ins included."""
     return sorted({*METHODS, *_plugins()})
+
+
+def for_pipelines() -> list[str]:
+    """Return the names of what is fitted on names of concepts in a text-to-image pipeline.
+
+    These are the methods for pipelines, and the erasers of vectors that need no more than the concept's labels: they
+    are fitted on the pipeline's own text vectors.
+    """
+    more = {"needs_labels", "task_preserving"}
+    entries = [get(name) for name in names()]
+    return [
+        entry.name
+        for entry in entries
+        if entry.family == "diffusion" or (entry.family == "linear" and not entry.guarantees & more)
+    ]
 
 
 def get(name: str) -> Method:

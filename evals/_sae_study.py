@@ -32,6 +32,7 @@ from concept_erasure.evals._sae_study_data import (
     with_texts,
 )
 from concept_erasure.evals._sae_study_report import study_report
+from concept_erasure.evals.language._attack import how_of
 from concept_erasure.evals.language.items import item_scores
 from concept_erasure.evals.language.likelihood import TokenizerLike
 from concept_erasure.evals.language.neutral import neutral_texts
@@ -300,14 +301,14 @@ class SaeStudy:
         return row
 
     def _measured(self, one: StudyConcept, whole: bool) -> dict[str, Any]:
-        test = item_scores(self.model, self.tokenizer, one.test, how="answer")
+        test = item_scores(self.model, self.tokenizer, one.test, how=how_of(one.test))
         made: dict[str, Any] = {
             "log_prob": test.log_prob_right.tolist(),
             "correct": test.correct.int().tolist(),
             "mean": float(test.log_prob_right.mean()),
         }
         if whole:
-            near = item_scores(self.model, self.tokenizer, one.near_test, how="answer")
+            near = item_scores(self.model, self.tokenizer, one.near_test, how=how_of(one.near_test))
             made |= {
                 "near_log_prob": near.log_prob_right.tolist(),
                 "near_correct": near.correct.int().tolist(),
@@ -336,11 +337,15 @@ class SaeStudy:
         texts = relearning_texts(
             one.concept.forget_texts, one.test, share=0.3, seed=self.settings.seed
         )
-        with make().applied(row["strength"]):
-            curve = relearn(
-                self.model, self.tokenizer, texts, one.test, steps=steps, every=steps, lr=2e-4, max_length=64,
-                how="answer", seed=self.settings.seed, progress=False,
-            )  # fmt: skip
+        try:
+            with make().applied(row["strength"]):
+                curve = relearn(
+                    self.model, self.tokenizer, texts, one.test, steps=steps, every=steps, lr=2e-4, max_length=64,
+                    how=how_of(one.test), seed=self.settings.seed, progress=False,
+                )  # fmt: skip
+        except (ConceptErasureError, ValueError) as error:
+            logger.warning("%s %s, relearning: %s", one.concept.name, row["key"]["arm"], error)
+            return {**row, "relearning failed": " ".join(str(error).split())}
         made = {
             "steps": list(curve.steps), "accuracy": list(curve.accuracy), "log_prob": list(curve.log_prob),
             "texts": len(texts), "seconds": time.perf_counter() - begun,
@@ -364,7 +369,7 @@ class SaeStudy:
             arm = self._pisces(one, route, features, tau, 1.0)
             found = match(arm, self.settings.kls[-1], self._match)
             with arm.applied(found.strength):
-                scores = item_scores(self.model, self.tokenizer, one.train, how="answer")
+                scores = item_scores(self.model, self.tokenizer, one.train, how=how_of(one.train))
             tried.append((float(scores.log_prob_right.mean()), tau, found.strength, found.reached))
             logger.info("%s %s tau %s: %s", one.concept.name, route, tau, tried[-1])
         reached = [t for t in tried if t[3]] or tried

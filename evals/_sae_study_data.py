@@ -1,7 +1,8 @@
 """Concepts with known items and the texts to train dictionaries on, for the study of sparse features.
 
-The concepts' files are those of the EMBER benchmark (Suslik et al. 2026, arXiv:2606.03695; sentences partly from
-Wikipedia, CC BY-SA): they are read from a folder that the user names and are no part of the package.
+Concepts that ship bring statements with a blank; half of the facts are for tuning. The other concepts' files are those
+of the EMBER benchmark (Suslik et al. 2026, arXiv:2606.03695; sentences partly from Wikipedia, CC BY-SA): they are read
+from a folder that the user names and are no part of the package.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from concept_erasure.concept import Concept
 from concept_erasure.concept_items import Item, Question
 from concept_erasure.errors import FormatError
+from concept_erasure.evals.language._halves import HALVES, half_of
 from concept_erasure.evals.language.likelihood import TokenizerLike
 from concept_erasure.language._texts import own_samples
 
@@ -26,6 +28,7 @@ __all__ = [
     "load_neutral",
     "load_study_concept",
     "read_texts",
+    "study_concept",
     "training_texts",
     "with_texts",
 ]
@@ -89,6 +92,27 @@ def load_study_concept(
         questions=tuple(splits["QA_train"]),
     )
     return StudyConcept(concept, *(items[key] for key in SPLITS))
+
+
+def study_concept(concept: Concept, *, limit: int | None = None) -> StudyConcept:
+    """Return a concept that has facts of its own, with those of its development half to tune on.
+
+    Args:
+        concept: With facts, and with near ones.
+        limit: Items of each split at most.
+
+    Raises:
+        ValueError: If a half of the facts or of the near ones is empty.
+    """
+    splits = []
+    for kind in ("concept", "near"):
+        items = concept.items(kind, "cloze")
+        for half in HALVES:
+            part = tuple(item for item in items if half_of(item) == half)[:limit]
+            if not part:
+                raise ValueError(f"{concept.name!r} has no facts to ask for: {kind}, {half}")
+            splits.append(part)
+    return StudyConcept(concept, *splits)
 
 
 def _question(row: Mapping[str, Any]) -> Question:

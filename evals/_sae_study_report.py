@@ -68,6 +68,8 @@ def _line(row: Row, base: Row | None) -> dict[str, Cell]:
         line["relearnt accuracy"] = curve["accuracy"][-1]
         line["relearnt log-prob"] = curve["log_prob"][-1]
     line["status"] = "measured" if row["reached"] else "KL not reached"
+    if "relearning failed" in row:
+        line["status"] = f"relearning failed: {row['relearning failed']}"
     return line
 
 

@@ -2,7 +2,8 @@
 
 Every method is fitted with the same lists and applied; then the keys and values that the denoiser makes of prompts
 are compared with those it made before. That is all a closed-form edit changes, so it orders methods in seconds; what
-it does not tell is how pictures look.
+it does not tell is how pictures look. Erasers of vectors (LEACE and the like) are fitted on the names in sentences and
+measured as what they do to the vectors that the maps read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,13 @@ import torch
 from torch import Tensor
 
 from concept_erasure import registry
+from concept_erasure.diffusion.core import text_gram
 from concept_erasure.diffusion.encode import TextEncoder
+from concept_erasure.diffusion.labelled import named_representations
 from concept_erasure.diffusion.maps import TextMap, module_at, text_maps
+from concept_erasure.diffusion.reach import certificate
 from concept_erasure.diffusion.wording import names_of, one_each
+from concept_erasure.eraser import RepresentationEraser
 from concept_erasure.errors import ConceptErasureError
 from concept_erasure.report import Cell, Report
 
@@ -39,6 +45,7 @@ OTHERS = (
 )  # fmt: skip
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a painting of {}")
 KINDS = ("key", "value", "context")
+_NAMES = ("erase", "anchor", "preserve", "templates", "rule", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,7 @@ class EditMeasured:
         certificate: Smallest share of the way from anchor to concept that no embedding can travel; None if there is
             no certificate.
         seconds: Of the fit.
-        eraser: The fitted eraser; None when not measured.
+        eraser: The fitted eraser, of the pipeline or of its text vectors; None when not measured.
     """
 
     method: str
@@ -69,7 +76,9 @@ class EditMeasured:
     others: float | None = None
     certificate: float | None = None
     seconds: float | None = None
-    eraser: DiffusionEraser | None = field(default=None, repr=False, compare=False)
+    eraser: DiffusionEraser | RepresentationEraser | None = field(
+        default=None, repr=False, compare=False
+    )
 
     @property
     def ok(self) -> bool:
@@ -105,7 +114,8 @@ class PipeComparison:
         notes = [
             "Measured on what the denoiser makes of the text, at the last token of prompts such as 'a photo of …'; no "
             "pictures were drawn, and no attack was run.",
-            "Edit is |W' - W| / |W| over all text maps. Left is the distance of a concept's outputs from its anchor's, "
+            "Edit is |W' - W| / |W| over all text maps; a projection P of text vectors counts as "
+            "W' = W P. Left is the distance of a concept's outputs from its anchor's, "
             "as a share of what it was: 0 is moved onto the anchor, 1 is unmoved (a method may leave keys alone).",
             "Preserved and others are relative moves of outputs that should stay: of the names given, and of everyday "
             "things nobody named.",
@@ -185,7 +195,7 @@ def compare_pipe(
 
     Args:
         pipe: A text-to-image pipeline.
-        methods: Names in the registry, of the family ``diffusion``.
+        methods: Names in the registry, of those that `registry.for_pipelines` lists.
         erase: Concepts.
         anchor: What each becomes, or all; ``""`` is the blank prompt.
         preserve: Names to keep.
@@ -200,8 +210,11 @@ def compare_pipe(
     if isinstance(methods, str) or not methods or len(set(methods)) < len(methods):
         raise ValueError(f"methods must be different names, at least one; got {methods!r}")
     entries = [registry.get(name) for name in methods]
-    if foreign := [entry.name for entry in entries if entry.family != "diffusion"]:
-        raise ValueError(f"{foreign[0]!r} is not a method for text-to-image pipelines")
+    known = registry.for_pipelines()
+    if foreign := [entry.name for entry in entries if entry.name not in known]:
+        raise ValueError(
+            f"{foreign[0]!r} is not a method for text-to-image pipelines; those are: {', '.join(known)}"
+        )
     names = names_of(erase, "erase")
     anchors = one_each(anchor, names)
     world = _World.of(pipe, names, anchors, preserve)
@@ -224,16 +237,19 @@ def _sweep(
     """Fit and measure one method, or say why not."""
     fit = getattr(entry.load(), "fit", None)
     known = {} if fit is None else inspect.signature(fit).parameters
-    if fit is None or "pipe" not in known or "erase" not in known:
+    projects = entry.family == "linear"
+    if fit is None or not ({"x"} if projects else {"pipe", "erase"}) <= set(known):
         return EditMeasured(method=entry.name, status="not applicable: no fit on a pipeline")
-    options: dict[str, object] = {**entry.options, **given}
+    options: dict[str, Any] = {**entry.options, **given}
+    names = {name: options.pop(name) for name in _NAMES if projects and name in options}
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"method {entry.name!r} has no option {', '.join(unknown)}")
     if "seed" in known:
         options.setdefault("seed", seed)
     try:
         start = time.perf_counter()
-        eraser: DiffusionEraser = fit(world.pipe, **options)
+        source = named_representations(world.pipe, **names) if projects else world.pipe
+        eraser = fit(source, **options)
         seconds = time.perf_counter() - start
         return world.measure(entry.name, eraser, seconds)
     except (ConceptErasureError, ValueError) as error:
@@ -296,26 +312,22 @@ class _World:
         return weight[:, text_map.text_columns].to(self.source)
 
     @torch.no_grad()
-    def measure(self, method: str, eraser: DiffusionEraser, seconds: float) -> EditMeasured:
+    def measure(
+        self, method: str, eraser: DiffusionEraser | RepresentationEraser, seconds: float
+    ) -> EditMeasured:
         """Apply an eraser, look, and undo it."""
         sums = _Sums(len(self.kept), len(self.others), self.source)
-        with _applied(eraser, self.pipe):
-            for text_map in self.maps:
-                before = self.weights[text_map.name]
-                change = self.weight(text_map) - before
-                sums.size += torch.stack([change.square().sum(), before.square().sum()])
-                away = (self.source - self.target) @ before.T
-                left = away + self.source @ change.T
-                held = sums.left.setdefault(text_map.kind, sums.size.new_zeros(2))
-                held += torch.stack([left.square().sum(), away.square().sum()])
-                for moved, rows in ((sums.kept, self.kept), (sums.others, self.others)):
-                    moved[0] += (rows @ change.T).square().sum(1)
-                    moved[1] += (rows @ before.T).square().sum(1)
+        for text_map, change, shift in self._changes(eraser):
+            before = self.weights[text_map.name]
+            sums.size += torch.stack([change.square().sum(), before.square().sum()])
+            away = (self.source - self.target) @ before.T
+            left = away + self.source @ change.T + shift
+            held = sums.left.setdefault(text_map.kind, sums.size.new_zeros(2))
+            held += torch.stack([left.square().sum(), away.square().sum()])
+            for moved, rows in ((sums.kept, self.kept), (sums.others, self.others)):
+                moved[0] += (rows @ change.T + shift).square().sum(1)
+                moved[1] += (rows @ before.T).square().sum(1)
         kept, others = (_share(one[0], one[1]) for one in (sums.kept, sums.others))
-        try:
-            certificate: float | None = float(eraser.certificate.rho.min())
-        except ConceptErasureError:
-            certificate = None
         return EditMeasured(
             method=method,
             edit=float(_share(sums.size[0], sums.size[1])),
@@ -323,10 +335,37 @@ class _World:
             preserved=float(kept.max()) if len(kept) else None,
             preserved_mean=float(kept.mean()) if len(kept) else None,
             others=float(others.mean()),
-            certificate=certificate,
+            certificate=self._certificate(eraser),
             seconds=seconds,
             eraser=eraser,
         )
+
+    def _changes(
+        self, eraser: DiffusionEraser | RepresentationEraser
+    ) -> Iterator[tuple[TextMap, Tensor, Tensor]]:
+        """Yield each map with the change of its weight, and of its outputs whatever it reads."""
+        if isinstance(eraser, RepresentationEraser):
+            function = eraser.map.to(self.source.device, self.source.dtype)
+            for text_map in self.maps:
+                before = self.weights[text_map.name]
+                change = -(before @ function.left) @ function.right.T
+                yield text_map, change, before @ function.offset
+            return
+        none = self.source.new_zeros(())
+        with _applied(eraser, self.pipe):
+            for text_map in self.maps:
+                yield text_map, self.weight(text_map) - self.weights[text_map.name], none
+
+    def _certificate(self, eraser: DiffusionEraser | RepresentationEraser) -> float | None:
+        try:
+            if isinstance(eraser, RepresentationEraser):
+                seen = partial(text_gram, list(self.weights.values()))
+                found = certificate(seen, eraser.map, self.source, self.target)
+            else:
+                found = eraser.certificate
+        except (ConceptErasureError, ValueError):
+            return None
+        return float(found.rho.min())
 
 
 class _Sums:

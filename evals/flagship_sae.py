@@ -16,21 +16,25 @@ import argparse
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from concept_erasure.concept import Concept
 from concept_erasure.evals._sae_study import SaeStudy, Settings
-from concept_erasure.evals._sae_study_data import load_neutral, load_study_concept, read_texts
+from concept_erasure.evals._sae_study_data import (
+    StudyConcept,
+    load_neutral,
+    load_study_concept,
+    read_texts,
+    study_concept,
+)
 
 __all__ = ["SaeStudy", "Settings", "main"]
 
-CONCEPTS = {
-    "ancient_rome": ("Rome", "Roman", "Caesar"),
-    "harry_potter": ("Hogwarts", "Dumbledore", "Voldemort"),
-}
+CONCEPTS = ("ancient_rome", "harry_potter", "shakespeare")
+SYNONYMS = {"ancient_rome": ("Rome", "Roman", "Caesar")}
 ROME = {
     "Ancient Rome": "Old Velmar", "Roman Empire": "Velmaran League", "Roman Republic": "Velmaran Union",
     "Rome": "Velmar", "Roman": "Velmaran", "Romans": "Velmarans", "Julius Caesar": "Otto Brandt", "Caesar": "Brandt",
@@ -40,14 +44,22 @@ ROME = {
 }  # fmt: skip
 
 
-def _entities(name: str) -> Mapping[str, str]:
-    """Return stand-ins for the names of a concept; those that ship, if it ships."""
-    if name == "ancient_rome":
-        return ROME
+def _concept(name: str, data: Path, limit: int | None) -> StudyConcept:
+    """Return the concept that ships under this name, or else the benchmark's.
+
+    SmolLM2 chooses the right one of four answers to the benchmark's questions about Harry Potter in 30 cases of 100,
+    to the statements that ship in nearly 90: only the second can show that something was erased.
+    """
     try:
-        return dict(Concept.load(name).entities)
+        concept = Concept.load(name)
     except FileNotFoundError:
-        return {}
+        return load_study_concept(
+            data / f"{name}.json",
+            synonyms=SYNONYMS.get(name, ()),
+            entities=ROME if name == "ancient_rome" else {},
+            limit=limit,
+        )
+    return study_concept(concept, limit=limit)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,7 +76,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results"), help="folder for the table"
     )
-    parser.add_argument("--concepts", default=",".join(CONCEPTS), help="names of json files")
+    parser.add_argument(
+        "--concepts",
+        default=",".join(CONCEPTS),
+        help="names of concepts that ship, or of json files",
+    )
     parser.add_argument(
         "--sites", default=",".join(Settings().sites), help="MLPs with a dictionary"
     )
@@ -87,13 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     concepts = [
-        load_study_concept(
-            arguments.data / f"{name}.json",
-            synonyms=CONCEPTS.get(name, ()),
-            entities=_entities(name),
-            limit=arguments.limit,
-        )
-        for name in arguments.concepts.split(",")
+        _concept(name, arguments.data, arguments.limit) for name in arguments.concepts.split(",")
     ]
     model, tokenizer = load_smollm2()
     study = SaeStudy(

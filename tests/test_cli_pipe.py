@@ -145,6 +145,69 @@ def test_compare_writes_a_table_and_a_plot(tmp_path: Path, folder: Path, capsys:
     )
 
 
+PROJECTIONS = ("leace", "rlace", "mean-projection")
+
+
+def test_projections_stand_beside_edits(tmp_path: Path, folder: Path, capsys: Capture) -> None:
+    out = ("--preserve", "dog", "cat", "tree", "--out", tmp_path / "sweep")
+    methods = ",".join(("uce", "rece", "speed", "mace", "trce", *PROJECTIONS))
+    own = ("--option", "speed.rank=3", "leace.affine=false")
+    assert run("compare", "--pipe", folder, *LISTS, *out, "--methods", methods, *own) == 0
+    rows = json.loads((tmp_path / "sweep" / "compare.json").read_text("utf-8"))["rows"]
+    assert [row["status"] for row in rows] == ["measured"] * 8
+    for row in rows[-3:]:
+        assert 0 < row["edit"] < 1
+        assert row["certificate"] > 0  # a projection cannot be inverted
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_a_projection_is_measured_as_what_it_does_to_the_maps(make: Any) -> None:
+    """The hook on what attention reads and the table's numbers agree, offset included."""
+    from concept_erasure.diffusion.encode import TextEncoder
+    from concept_erasure.diffusion.labelled import named_representations
+    from concept_erasure.evals.compare_pipe import TEMPLATES
+    from concept_erasure.linear.leace import LeaceEraser
+
+    pipe = make()
+    lists: dict[str, Any] = {"erase": "monet", "anchor": "art", "preserve": ["dog", "cat"]}
+    (row,) = compare_pipe(pipe, ["leace"], **lists).rows
+    eraser = LeaceEraser.fit(named_representations(pipe, **lists))
+    assert eraser.bias is not None and isinstance(row.eraser, LeaceEraser)
+    assert row.eraser.digest == eraser.digest
+    encoder, maps = TextEncoder(pipe), [m for m in text_maps(pipe) if m.kind == "value"]
+
+    def last(name: str) -> torch.Tensor:
+        return torch.cat([encoder.rows(t.format(name), "last_subject")[0] for t in TEMPLATES])
+
+    weights = [module_at(pipe, m).weight.detach().double() for m in maps]
+    left = torch.cat([(eraser(last("monet")) - last("art")) @ w.T for w in weights], 1)
+    away = torch.cat([(last("monet") - last("art")) @ w.T for w in weights], 1)
+    assert row.erased["value"] == pytest.approx(float(left.norm() / away.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", PROJECTIONS)
+def test_a_projection_is_fitted_saved_and_applied(
+    tmp_path: Path, folder: Path, method: str
+) -> None:
+    import diffusers
+
+    pytest.importorskip("peft")
+    fit = ("fit", "--pipe", folder, *LISTS, "--preserve", "dog", "cat", "--method", method)
+    assert run(*fit, "--out", tmp_path / "p") == 0
+    pipe, prompt = tiny_sd(), "a painting by van gogh"
+    plain = latents(pipe, prompt)
+    with Eraser.from_pretrained(tmp_path / "p").attach(pipe):  # type: ignore[attr-defined]
+        expected = latents(pipe, prompt)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+    to = ("apply", "--pipe", folder, "--eraser", tmp_path / "p", "--out")
+    assert run(*to, tmp_path / "p.safetensors") == 0
+    pipe.load_lora_weights(tmp_path / "p.safetensors")
+    torch.testing.assert_close(latents(pipe, prompt), expected, rtol=1e-3, atol=1e-3)
+    assert run(*to, tmp_path / "edited") == 0
+    edited = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "edited")
+    torch.testing.assert_close(latents(edited, prompt), expected, rtol=1e-3, atol=1e-3)
+
+
 # -- what is measured ---------------------------------------------------------------------------------
 
 
@@ -236,7 +299,12 @@ def test_mistakes_name_the_flag(tmp_path: Path, folder: Path, capsys: Capture) -
     base = ("fit", "--pipe", folder, *out)
     fails(capsys, *base, word="--erase")
     fails(capsys, *base, "--erase", "a", "b", "--anchor", "c", "d", "e", word="--anchor names 3")
-    fails(capsys, *base, *LISTS, "--method", "leace", word="uce")
+    fails(capsys, *base, *LISTS, "--method", "splince", word="uce")
+    projection = (*base, "--erase", "monet", "--method", "leace")
+    fails(capsys, *projection, word="name an anchor that is not blank")
+    fails(capsys, *projection, "--preserve", "monet", "dog", word="monet")
+    fails(capsys, *projection, "--anchor", "art", "--option", "rule=nosuch", word="token rule")
+    fails(capsys, *projection, "--anchor", "art", "--option", "lam=1", word="no option 'lam'")
     fails(capsys, *base, *LISTS, "--method", "nosuch", word="no method 'nosuch'")
     fails(capsys, *base, *LISTS, "--option", "eta=3", word="no option 'eta'; it has: ")
     fails(capsys, *base, *LISTS, "--option", "lam", word="NAME=VALUE")
@@ -299,19 +367,21 @@ def test_options_of_pipelines_are_refused_elsewhere(tmp_path: Path, capsys: Capt
 def test_apply_and_compare_mistakes(
     tmp_path: Path, folder: Path, capsys: Capture, labelled: Any
 ) -> None:
-    from concept_erasure import LeaceEraser
+    from concept_erasure import LeaceEraser, OracleEraser
 
     LeaceEraser.fit(*labelled).save_pretrained(tmp_path / "leace")
+    OracleEraser.fit(*labelled).save_pretrained(tmp_path / "oracle")
     base = ("apply", "--pipe", folder, "--eraser")
+    fails(capsys, *base, tmp_path / "leace", "--out", tmp_path / "l", word="width")
     fails(
-        capsys, *base, tmp_path / "leace", "--out", tmp_path / "l", word="which no pipeline takes"
+        capsys, *base, tmp_path / "oracle", "--out", tmp_path / "l", word="which no pipeline takes"
     )
     UceEraser.fit(tiny_sdxl(), erase="monet", anchor="art").save_pretrained(tmp_path / "xl")
     fails(capsys, *base, tmp_path / "xl", "--out", tmp_path / "l.safetensors", word="text encoder")
     fails(capsys, *base, tmp_path / "xl", "--out", tmp_path / "l.pt", word="--out")
     fails(capsys, *base, tmp_path / "xl", "--bias", "add", "--out", tmp_path / "l", word="--bias")
     compare = ("compare", "--pipe", folder, *LISTS, "--out", tmp_path / "c", "--methods")
-    fails(capsys, *compare, "leace", word="--method leace is not for a text-to-image pipeline")
+    fails(capsys, *compare, "oracle", word="--method oracle is not for a text-to-image pipeline")
     fails(
         capsys, *compare, "uce", "--option", "speed.rank=1", word="'speed' is not among the methods"
     )

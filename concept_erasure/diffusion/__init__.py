@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from concept_erasure.diffusion.crce import ConceptSpec, expand, load_specs
     from concept_erasure.diffusion.encode import TextEncoder, text_representations
     from concept_erasure.diffusion.fusion import live_loras, merge_loras
+    from concept_erasure.diffusion.labelled import named_representations
     from concept_erasure.diffusion.mace import MaceEraser
     from concept_erasure.diffusion.reach import certificate
     from concept_erasure.diffusion.realera import RealEraEraser
@@ -29,6 +30,7 @@ _PLACES = {
     "crce": ("ConceptSpec", "expand", "load_specs"),
     "encode": ("TextEncoder", "text_representations"),
     "fusion": ("live_loras", "merge_loras"),
+    "labelled": ("named_representations",),
     "mace": ("MaceEraser",),
     "reach": ("certificate",),
     "realera": ("RealEraEraser",),
@@ -42,7 +44,7 @@ _MODULES = {name: module for module, names in _PLACES.items() for name in names}
 __all__ = [
     "AnchoredProjectionEraser", "ConceptSpec", "MaceEraser", "Pairs", "Preserve", "RealEraEraser", "ReceEraser",
     "SpeedEraser", "TextEncoder", "TokenRule", "TraceEraser", "TrceEraser", "UceEraser", "certificate", "expand",
-    "live_loras", "load_specs", "merge_loras", "metric", "solve", "text_representations",
+    "live_loras", "load_specs", "merge_loras", "metric", "named_representations", "solve", "text_representations",
 ]  # fmt: skip
 
 

@@ -139,6 +139,26 @@ class TextEncoder:
         """Fingerprint of the text encoders, see `encoder_fingerprint`."""
         return encoder_fingerprint(self._pipe)
 
+    def fits(self, prompt: str) -> bool:
+        """Return whether a prompt is no longer than the window of every encoder."""
+        return all(
+            self._counts(name, [prompt])[0] <= self._window(name) for name in self._tokenizers
+        )
+
+    def _window(self, name: str) -> int:
+        """Return how many tokens an encoder reads, start and end included."""
+        encoder: Any = self._encoders[name]
+        if _is_t5(encoder):
+            return self._t5_window
+        width = int(encoder.config.max_position_embeddings)
+        return min(width, int(getattr(self._tokenizers[name], "model_max_length", width)))
+
+    def _counts(self, name: str, texts: list[str]) -> list[int]:
+        tokenizer = self._tokenizers[name]
+        converted = self._converted(texts, tokenizer)
+        rows = tokenizer(converted, padding=False, truncation=False, verbose=False)["input_ids"]
+        return [len(row) for row in rows]
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str] | str, *, short: bool = False) -> Encoded:
         """Encode prompts.
@@ -271,9 +291,7 @@ class TextEncoder:
 
     def _clip(self, name: str, texts: list[str], window: int | None, *, layer: int) -> _Batch:
         encoder: Any = self._encoders[name]
-        width = int(encoder.config.max_position_embeddings)
-        width = min(width, int(getattr(self._tokenizers[name], "model_max_length", width)))
-        ids, mask = self._tokens(name, texts, width)
+        ids, mask = self._tokens(name, texts)
         if window is not None:
             ids, mask = ids[:, :window], mask[:, :window]
         masked = getattr(encoder.config, "use_attention_mask", False)
@@ -285,16 +303,14 @@ class TextEncoder:
         return _Batch(hidden, mask, ids, out.pooler_output if projected is None else projected)
 
     def _t5(self, name: str, texts: list[str]) -> _Batch:
-        ids, mask = self._tokens(name, texts, self._t5_window)
+        ids, mask = self._tokens(name, texts)
         return _Batch(self._encoders[name](ids).last_hidden_state, mask, ids, None)
 
-    def _tokens(self, name: str, texts: list[str], width: int) -> tuple[Tensor, Tensor]:
+    def _tokens(self, name: str, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Return ids and mask (n, width), refusing what would be cut off."""
-        tokenizer = self._tokenizers[name]
+        tokenizer, width = self._tokenizers[name], self._window(name)
+        counts = self._counts(name, texts)
         texts = self._converted(texts, tokenizer)
-        counts = [
-            len(row) for row in tokenizer(texts, padding=False, truncation=False)["input_ids"]
-        ]
         long = next((i for i, count in enumerate(counts) if count > width), None)
         if long is not None:
             raise ValueError(
@@ -473,9 +489,7 @@ class TextEncoder:
         table, texts = self.table(site), _texts(prompts)
         name = site.replace("token_embedding", "text_encoder")
         t5 = _is_t5(self._encoders[name])
-        encoder: Any = self._encoders[name]
-        width = self._t5_window if t5 else int(encoder.config.max_position_embeddings)
-        ids, mask = self._tokens(name, texts, width)
+        ids, mask = self._tokens(name, texts)
         return [
             nn.functional.embedding(ids[i, index.to(ids.device)], table.weight).to(
                 statistics_dtype(table.weight.device)

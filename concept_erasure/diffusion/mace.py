@@ -33,10 +33,10 @@ from concept_erasure.diffusion.maps import TextMap, denoiser, module_at, text_ma
 from concept_erasure.diffusion.prepare import Preset, Texts, chosen_options, reads_pooled
 from concept_erasure.diffusion.templates import (
     TEMPLATES,
-    check_templates,
     mean_preserve,
     merged,
     template_pairs,
+    templates_for,
 )
 from concept_erasure.diffusion.tokens import TokenRule
 from concept_erasure.diffusion.wording import Task, names_of, refuse_overlap
@@ -101,7 +101,7 @@ class MaceEraser(DiffusionEraser):
         lam: float | None = None,
         preserve_weight: float | None = None,
         domain_weight: float | None = None,
-        templates: Sequence[str] = TEMPLATES,
+        templates: Sequence[str] | None = None,
         hold_blank: bool | None = None,
         maps: Sequence[str] = ("key", "value"),
         pooled: bool | None = None,
@@ -121,7 +121,7 @@ class MaceEraser(DiffusionEraser):
             lam: Ridge that holds everything else; default 0.5.
             preserve_weight: Of the mean Gram of ``preserve``; default the paper's.
             domain_weight: Of the sum of ``domain``; default 1.
-            templates: Prompts with one ``{}``.
+            templates: Prompts with one ``{}``; default thirty, less those that are too long for the text encoder.
             hold_blank: Whether the blank prompt stays exactly; default yes.
             maps: ``"key"``, ``"value"`` or both.
             pooled: Edit the pooled vector too; default if the denoiser reads one and there is no preset.
@@ -158,7 +158,7 @@ class MaceEraser(DiffusionEraser):
             concepts=texts.erase,
             anchors=texts.anchors,
             maps=tuple(maps),
-            templates=check_templates(templates),
+            templates=templates_for(texts.encoder, (*texts.erase, *texts.anchors), templates),
             preserve_weight=chosen["preserve_weight"],
             domain_weight=chosen["domain_weight"],
             preset=preset,

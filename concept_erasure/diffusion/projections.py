@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,16 @@ from concept_erasure.linalg import LowRankAffine, statistics_dtype
 from concept_erasure.patches import BiasPatch, DensePatch, HookPatch, Patch, check_writable
 from concept_erasure.sites import Site, model_id
 
-__all__ = ["ArgumentPatch", "apply_to_pipeline", "attach_to_pipeline", "without_offset"]
+__all__ = [
+    "ArgumentPatch",
+    "apply_to_pipeline",
+    "attach_to_pipeline",
+    "text_edit",
+    "without_offset",
+]
+
+if TYPE_CHECKING:
+    from concept_erasure.diffusion.eraser import DiffusionEraser
 
 _ONE_SPACE = {"cross_attention": "text_encoder"}
 ROUNDING = 1e-2  # largest share of the offset that may be rounded away in the weights' dtype
@@ -140,6 +149,42 @@ def apply_to_pipeline(
         check_writable(model, name)
         patches = [DensePatch(name, partial(_rows, name=name, function=eraser.map))]
     return Edit(model, patches, label=f"{eraser.method} at {site}", key=_key(eraser, site))
+
+
+def text_edit(eraser: RepresentationEraser, pipe: object) -> DiffusionEraser:
+    """Return a projection of text vectors as an edit of the maps that read them, for weights or a LoRA file.
+
+    Args:
+        eraser: Fitted on the vectors that the denoiser reads.
+        pipe: The pipeline; not changed.
+
+    Raises:
+        EditError: If an offset has no layer norm to carry it (fit with ``affine=False``, or use `attach`).
+        ShapeError: If the width is another.
+        SpaceError: If the eraser was fitted on other encoders or elsewhere.
+    """
+    from concept_erasure.diffusion.eraser import (  # noqa: PLC0415 needed here only
+        DiffusionConfig,
+        DiffusionEraser,
+    )
+
+    site = "text_encoder" if eraser.space is None else eraser.space.site
+    if _ONE_SPACE.get(site, site) != "text_encoder":
+        raise SpaceError(f"this eraser was fitted at {site!r}, not on what the text maps read")
+    _site(eraser, pipe, "cross_attention")
+    function = eraser.map
+    if function.center is not None:
+        _check_offset(pipe, function, "cross_attention")
+        maps = [m for m in text_maps(pipe) if m.exact and m.kind != "pooled"]
+        weight = cast("Tensor", denoiser(pipe).get_submodule(maps[0].name).weight)
+        function = without_offset(function, _layer_norm(pipe), weight.dtype)
+    return DiffusionEraser(
+        config=DiffusionConfig(concepts=(eraser.method,)),
+        left=function.left,
+        right=function.right,
+        space=eraser.space,
+        report={"projection": eraser.method},
+    )
 
 
 def _site(eraser: RepresentationEraser, pipe: object, sites: str | Sequence[str] | None) -> str:

@@ -12,7 +12,14 @@ from concept_erasure.diffusion.encode import TextEncoder
 from concept_erasure.diffusion.prepare import Texts
 from concept_erasure.diffusion.tokens import TokenRule
 
-__all__ = ["TEMPLATES", "check_templates", "mean_preserve", "merged", "template_pairs"]
+__all__ = [
+    "TEMPLATES",
+    "check_templates",
+    "mean_preserve",
+    "merged",
+    "template_pairs",
+    "templates_for",
+]
 
 TEMPLATES = (
     "{}",
@@ -60,6 +67,21 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
         if text.count("{}") != 1 or text.count("{") != 1 or text.count("}") != 1:
             raise ValueError(f"a template has one {{}} for the concept; got {text!r}")
     return tuple(templates)
+
+
+def templates_for(
+    encoder: TextEncoder, names: Sequence[str], given: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the templates given, or else those of the library that an encoder's window holds with every name.
+
+    Args:
+        encoder: The text side of the pipeline.
+        names: Names that are put in.
+        given: The user's own; one that is too long is refused when it is encoded.
+    """
+    if given is not None:
+        return check_templates(given)
+    return tuple(t for t in TEMPLATES if all(encoder.fits(t.format(name)) for name in names))
 
 
 def template_pairs(

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from concept_erasure.diffusion.encode import Encoded, TextEncoder, text_representations
+from concept_erasure.diffusion.labelled import named_representations
 from concept_erasure.diffusion.maps import denoiser, encoder_fingerprint, text_encoders
+from concept_erasure.diffusion.templates import TEMPLATES, templates_for
 from concept_erasure.diffusion.tokens import TokenRule
 from concept_erasure.edit import Edit, HookPatch
 from concept_erasure.errors import ShapeError, SiteNotFoundError
@@ -259,3 +261,40 @@ def test_a_real_small_pipeline(emoji: Path) -> None:
     got = TextEncoder(pipe).encode(PROMPTS[:1])
     want, _ = _own("sd", pipe, PROMPTS[:1])
     torch.testing.assert_close(got.embeddings, want.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_names_in_sentences_carry_the_number_of_their_concept() -> None:
+    pipe = tiny_sd()
+    made = named_representations(
+        pipe, ["monet", "van gogh"], anchor=["", "art"], preserve=["dog"], templates=("{}", "a {}")
+    )
+    assert made.rows is not None and made.space is not None
+    prompts = ("monet", "a monet", "van gogh", "a van gogh", "art", "a art", "dog", "a dog")
+    expected = torch.cat(TextEncoder(pipe).rows(list(prompts), "all_but_sot"))
+    torch.testing.assert_close(made.x, expected)
+    numbers = torch.tensor([1, 1, 2, 2, 0, 0, 0, 0])
+    assert torch.equal(made.z, numbers[made.rows.cpu()])
+    assert len(made.z.unique()) == 3
+
+
+def test_templates_that_are_too_long_are_left_out_unless_asked_for() -> None:
+    pipe = tiny_sd()
+    name = "dog " * (pipe.tokenizer.model_max_length - 6)
+    encoder = TextEncoder(pipe)
+    kept = templates_for(encoder, [name.strip()], None)
+    assert 0 < len(kept) < len(TEMPLATES)
+    assert all(encoder.fits(t.format(name.strip())) for t in kept)
+    with pytest.raises(ValueError, match="Shorten it"):
+        named_representations(pipe, name.strip(), anchor="art", templates=TEMPLATES)
+
+
+def test_names_that_cannot_be_told_apart_are_refused() -> None:
+    pipe = tiny_sd()
+    for given, word in (
+        ({"anchor": ""}, "not blank"),
+        ({"anchor": " ", "preserve": []}, "not blank"),
+        ({"preserve": ["Monet"]}, "preserve contains the concept"),
+        ({"anchor": "art", "templates": ("art",)}, "one {}"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            named_representations(pipe, "monet", **given)  # type: ignore[arg-type]
