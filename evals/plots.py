@@ -355,9 +355,14 @@ def plot_points(
                 label=method,
             )
         axis.set_title(name)
-        axis.set_xlabel(x_label)
     axes[0].set_ylabel(y_label)
-    axes[-1].legend(frameon=False, fontsize="small")
+    figure.supxlabel(x_label, fontsize="medium")
+    held = [axis.get_legend_handles_labels() for axis in axes]
+    drawn = {name: one for ones, names in held for one, name in zip(ones, names, strict=True)}
+    # beside the panels: twenty names would hide what they stand for
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside right upper", frameon=False, fontsize="small"
+    )
     figure.suptitle(title)
     return _write(figure, path)
 
