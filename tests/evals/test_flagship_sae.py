@@ -10,11 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from concept_erasure.concept import Concept
 from concept_erasure.errors import FormatError
 from concept_erasure.evals import _sae_study
 from concept_erasure.evals._sae_study import SaeStudy, Settings
 from concept_erasure.evals._sae_study_arms import Arm, NeutralScore, match
-from concept_erasure.evals._sae_study_data import load_study_concept, read_texts, training_texts
+from concept_erasure.evals._sae_study_data import (
+    load_study_concept,
+    read_texts,
+    study_concept,
+    training_texts,
+)
 from concept_erasure.evals._sae_study_report import against_controls
 from concept_erasure.report import Interval
 from tests.language.test_registered import FACTS, FORGET, RETAIN, WRONG, taught
@@ -126,6 +132,30 @@ def test_the_comparison_is_paired_item_by_item() -> None:
     assert found["nats"] == Interval.of_mean([1.0, 1.0, 1.0])
     assert found["controls ahead"] == "1 of 2"
     assert isinstance(found["accuracy"], Interval) and found["accuracy"].value == pytest.approx(0.5)
+
+
+def test_a_failed_relearning_is_a_cell_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise ValueError("no text is left")
+
+    monkeypatch.setattr(_sae_study, "relearn", refuses)
+    rows = study(tmp_path).run(tmp_path / "out").rows
+    failed = [row["method"] for row in rows if "no text is left" in str(row["status"])]
+    assert len(rows) == 3 and "no edit" in failed and "leace" in failed
+
+
+def test_a_concept_that_ships_is_asked_half_of_its_statements() -> None:
+    concept = Concept.load("shakespeare")
+    one = study_concept(concept)
+    facts = [{item.stem for item in part} for part in (one.train, one.test)]
+    assert not facts[0] & facts[1]
+    assert len(facts[0] | facts[1]) == len(concept.items("concept", "cloze"))
+    assert {item.topic for item in one.near_test} <= {part.name for part in concept.near}
+    assert len(study_concept(concept, limit=3).test) == 3
+    with pytest.raises(ValueError, match="has no facts"):
+        study_concept(Concept(name="nothing"))
 
 
 def test_files_are_read_and_others_refused(tmp_path: Path) -> None:
