@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from concept_erasure.sae.embedding import EmbeddingEditEraser
     from concept_erasure.sae.gate import SaeGateEraser
     from concept_erasure.sae.pisces import PiscesEraser
+    from concept_erasure.sae.projection import LatentProjectionEraser
     from concept_erasure.sites import Site, Space, find_sites
     from concept_erasure.utils import assert_type
 
@@ -108,6 +109,7 @@ _PLACES = {
     "sae.embedding": ("EmbeddingEditEraser",),
     "sae.gate": ("SaeGateEraser",),
     "sae.pisces": ("PiscesEraser",),
+    "sae.projection": ("LatentProjectionEraser",),
     "sites": ("Site", "Space", "find_sites"),
     "utils": ("assert_type",),
 }
@@ -133,6 +135,7 @@ __all__ = [
     "GradAscentEraser",
     "GroupedTensor",
     "InlpEraser",
+    "LatentProjectionEraser",
     "LeaceEraser",
     "LeaceFitter",
     "LowRankAffine",

@@ -282,6 +282,14 @@ METHODS: dict[str, Method] = {
             paper="Gur-Arieh et al. 2025, arXiv:2505.22586",
         ),
         Method(
+            name="latent-projection",
+            family="sae",
+            target="concept_erasure.sae.projection:LatentProjectionEraser",
+            guarantees=frozenset(),
+            summary="Project a concept's latents off what the readers of a site take in, in their weights.",
+            paper="Suslik, Shafran and Geva 2026, arXiv:2606.03695 (their companion without SAE); ours at neurons",
+        ),
+        Method(
             name="embedding-edit",
             family="sae",
             target="concept_erasure.sae.embedding:EmbeddingEditEraser",

@@ -25,6 +25,7 @@ from concept_erasure.evals._sae_study_arms import (
     match,
     nothing,
     pisces_arm,
+    projection_arm,
 )
 from concept_erasure.evals._sae_study_data import (
     StudyConcept,
@@ -42,7 +43,7 @@ from concept_erasure.sae._concept_tokens import concept_tokens
 from concept_erasure.sae._pisces_fit import value_signs
 from concept_erasure.sae.activations import collect_activations
 from concept_erasure.sae.disentangler import Disentangler
-from concept_erasure.sae.search import Feature, FeatureTable, find_features
+from concept_erasure.sae.search import Feature, FeatureTable, Search, find_features
 from concept_erasure.sae.seminmf import semi_nmf
 from concept_erasure.sae.train import TrainConfig, train_vectors
 from concept_erasure.sites import fingerprint
@@ -59,7 +60,7 @@ class Settings:
     """What is run.
 
     Attributes:
-        sites: Of both kinds of dictionary.
+        sites: MLPs whose outputs a Matryoshka dictionary is trained on, and whose neurons a semi-NMF is fitted to.
         routes: Kinds of dictionary.
         widths: Levels of the Matryoshka dictionary.
         k: Latents that fire on a vector.
@@ -171,9 +172,9 @@ class SaeStudy:
         return made
 
     def factorised(self, one: StudyConcept) -> dict[str, Disentangler]:
-        """Return the semi-NMF of a concept's texts against neutral ones, by site."""
+        """Return the semi-NMF of the neurons on a concept's texts and on neutral ones, by site."""
         s, made = self.settings, {}
-        for site in s.sites:
+        for site in self.sites("semi-NMF"):
             folder = self.folder / "dictionaries" / f"{_slug(one)}-nmf-{s.rank}-{site}"
             if (folder / "cfg.json").is_file():
                 made[site] = Disentangler.from_pretrained(folder)
@@ -185,6 +186,11 @@ class SaeStudy:
             )  # fmt: skip
             made[site].save_pretrained(folder)
         return made
+
+    def sites(self, route: str) -> tuple[str, ...]:
+        """Return where the dictionaries of a route sit: PISCES edits what MLPs write, a projection what is read."""
+        own = self.settings.sites
+        return own if route == "Matryoshka" else tuple(s.replace("mlp.", "value.") for s in own)
 
     def dictionaries(self, one: StudyConcept, route: str) -> dict[str, Disentangler]:
         """Return the dictionaries of a route."""
@@ -201,8 +207,9 @@ class SaeStudy:
     def features(self, one: StudyConcept, route: str) -> FeatureTable:
         """Return the concept's latents, at most so many a site: the most efficient on the questions to tune on."""
         s = self.settings
+        linear = route != "Matryoshka"  # a projection takes the linear coefficient away
         what = [
-            "efficiency, all levels",
+            "efficiency, linear" if linear else "efficiency, all levels",
             route,
             self.digest(one, route),
             s.features,
@@ -219,12 +226,16 @@ class SaeStudy:
             scorers=("efficiency",), vote=1, top=s.features,
             answers=_answers(one.train), near_answers=_answers(one.near_train) if s.spare else (),
             forget_texts=list(one.concept.forget_texts)[: s.texts], retain_texts=self.retain[: s.texts], seed=s.seed,
-            progress=False,
+            options=Search(linear=linear), progress=False,
         )  # fmt: skip
         # over all levels: the table's own order has the general ones first
         best = sorted(found, key=lambda feature: -abs(feature.scores["efficiency"]))
+        if (
+            linear
+        ):  # which has no sign to turn: what speaks against the answers would stay away, too
+            best = [feature for feature in best if feature.direction > 0]
         kept: list[Feature] = []
-        for site in s.sites:
+        for site in self.sites(route):
             kept += [feature for feature in best if feature.site == site][: s.features]
         table = FeatureTable(
             tuple(kept), found.concept, found.dropped, found.rates, found.widths, found.meta
@@ -357,8 +368,13 @@ class SaeStudy:
     # -- the whole ------------------------------------------------------------------------------------------------
 
     def tau(self, one: StudyConcept, route: str, features: FeatureTable) -> tuple[float, float]:
-        """Return the tau at which the answers to tune on are least likely, and its strength, at the largest KL."""
+        """Return the tau at which the answers to tune on are least likely, and its strength, at the largest KL.
+
+        A projection has no tau, and begins with strength 1.
+        """
         names = [feature.name for feature in features]
+        if route != "Matryoshka":
+            return 0.0, 1.0
         mark = self._hash([route, self.digest(one, route), names, self.settings.taus])
         path = self.folder / "tau" / f"{_slug(one)}-{mark}.json"
         if path.is_file():
@@ -366,7 +382,7 @@ class SaeStudy:
             return float(held["tau"]), float(held["strength"])
         tried = []
         for tau in self.settings.taus:
-            arm = self._pisces(one, route, features, tau, 1.0)
+            arm = self._edit(one, route, features, tau, 1.0)
             found = match(arm, self.settings.kls[-1], self._match)
             with arm.applied(found.strength):
                 scores = item_scores(self.model, self.tokenizer, one.train, how=how_of(one.train))
@@ -377,11 +393,15 @@ class SaeStudy:
         _write(path, {"tau": tau, "strength": strength, "train": mean, "tried": tried})
         return tau, strength
 
-    def _pisces(
+    def _edit(
         self, one: StudyConcept, route: str, features: FeatureTable, tau: float, start: float
     ) -> Arm:
         known = self.dictionaries(one, route)
         used = {site: known[site] for site in features.sites}
+        if route != "Matryoshka":
+            return projection_arm(
+                self.model, self.tokenizer, one.concept, used, features, name=route, start=start
+            )
         return pisces_arm(
             self.model, self.tokenizer, one.concept, used, features, self.signs(one), tau=tau, name=route,
             start=start,
@@ -449,14 +469,14 @@ class SaeStudy:
             first = start * (kl / s.kls[-1]) ** 0.5
 
             def mine(first: float = first) -> Arm:
-                return self._pisces(one, route, features, tau, first)
+                return self._edit(one, route, features, tau, first)
 
             made.append((self.row(one, label, mine, kl), mine if kl == s.kls[-1] else None))
             for draw in range(s.controls):
                 other = features.random_control(draw)
 
                 def control(other: FeatureTable = other, first: float = first) -> Arm:
-                    return self._pisces(one, route, other, tau, first)
+                    return self._edit(one, route, other, tau, first)
 
                 latents = [feature.name for feature in other]
                 key = {

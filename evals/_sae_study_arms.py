@@ -27,9 +27,18 @@ from concept_erasure.linear.leace import LeaceEraser
 from concept_erasure.linear.mean_projection import MeanProjectionEraser
 from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sae.pisces import PiscesEraser
+from concept_erasure.sae.projection import LatentProjectionEraser
 from concept_erasure.sites import resolve
 
-__all__ = ["Arm", "Matched", "NeutralScore", "baseline_arms", "match", "pisces_arm"]
+__all__ = [
+    "Arm",
+    "Matched",
+    "NeutralScore",
+    "baseline_arms",
+    "match",
+    "pisces_arm",
+    "projection_arm",
+]
 
 Applied = Callable[[float], AbstractContextManager[object]]
 _HELD = 1 << 27  # log-probabilities of the original that are kept
@@ -174,6 +183,23 @@ def pisces_arm(
         return eraser.apply(model)
 
     return Arm(name, applied, start)
+
+
+def projection_arm(
+    model: nn.Module,
+    tokenizer: TokenizerLike,
+    concept: Concept,
+    disentanglers: dict[str, Disentangler],
+    features: Any,  # noqa: ANN401 a FeatureTable or a list of features
+    *,
+    name: str,
+    start: float = 1.0,
+) -> Arm:
+    """Return a projection of latents with its strength as the knob."""
+    eraser = LatentProjectionEraser.fit(
+        model, tokenizer, concept, disentanglers=disentanglers, features=features
+    )
+    return Arm(name, lambda s: eraser.scaled(s).apply(model), start)
 
 
 def baseline_arms(

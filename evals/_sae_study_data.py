@@ -156,7 +156,7 @@ def with_texts(
     """Return the concept with the model's own samples as texts to forget, beside its sentences.
 
     They begin with its name and with right answers of the items to tune on; those of the items to report are not
-    used. A concept without sentences gets three times as many.
+    used. A concept with few sentences gets more of them, so that there are three times as many texts.
 
     Args:
         model: The model, without edits.
@@ -168,7 +168,7 @@ def with_texts(
         seed: Of the sampling.
     """
     held = one.concept.forget_texts
-    count = samples if held else 3 * samples
+    count = max(samples, 3 * samples - len(held))
     path = cache / f"samples-{one.concept.name.replace(' ', '_')}-{count}-{seed}.json"
     if path.is_file():
         drawn = list(json.loads(path.read_text(encoding="utf-8")))

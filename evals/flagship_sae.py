@@ -2,12 +2,12 @@
 
     python -m concept_erasure.evals.flagship_sae --data CONCEPTS --texts FILE ... --cache FOLDER --out docs/results
 
-For each concept: latents of a Matryoshka dictionary and of a semi-NMF of the concept's own texts, found by their
-efficiency on the questions to tune on (see `find_features`); PISCES on them with the strength at which the divergence
-on neutral text is 0.02 and 0.05 nats; the same for five draws of other latents that fire as often (controls); LEACE,
-directional ablation, ELM and RMU, scaled to the same divergence; answers to questions about the concept and about its
-neighbours; relearning. tau is chosen on the questions to tune on, everything reported is on the others. Finished parts
-are files in the cache: a run that was stopped goes on.
+For each concept: latents of a Matryoshka dictionary of MLP outputs and of a semi-NMF of neurons on the concept's own
+texts, found by their efficiency on the questions to tune on (see `find_features`); PISCES on the first, a projection on
+the others, with the strength at which the divergence on neutral text is 0.02 and 0.05 nats; the same for five draws of
+other latents that fire as often (controls); LEACE, directional ablation, ELM and RMU, scaled to the same divergence;
+answers to questions about the concept and about its neighbours; relearning. tau is chosen on the questions to tune on,
+everything reported is on the others. Finished parts are files in the cache: a run that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ class Search:
         max_length: Tokens read together.
         limit: Candidates that are edited alone, best first; each costs a forward pass over the texts of `Filters`.
             Without filters all candidates stay.
+        linear: Attribution and efficiency of a latent's linear coefficient ``d_f . x``, which a projection takes away
+            (`LatentProjectionEraser`), in place of its code.
     """
 
     list_length: int = 50
@@ -60,10 +62,11 @@ class Search:
     attributed: int = 64
     max_length: int = 128
     limit: int = 24
+    linear: bool = False
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in {"ratio", "max_length"} and value < 1:
+            if name not in {"ratio", "max_length", "linear"} and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if self.max_length < 3:
             raise ValueError(f"max_length must be at least 3; got {self.max_length}")
@@ -172,8 +175,8 @@ class Run:
 
     def _attributed(self, rows: Sequence[Encoded]) -> Attributed:
         return attributions(
-            self.model, self.tokenizer, self.known, self.places, rows, batch_size=max(1, self.batch_size // 2),
-            progress=self.progress,
+            self.model, self.tokenizer, self.known, self.places, rows, linear=self.options.linear,
+            batch_size=max(1, self.batch_size // 2), progress=self.progress,
         )  # fmt: skip
 
     def _efficiency(self, found: dict[str, dict[str, Tensor]]) -> None:

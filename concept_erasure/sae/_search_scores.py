@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from concept_erasure.collect import Progress, Reached, _shown, accepted, evaluating
 from concept_erasure.language.batches import Batch, Encoded, collate, encode, logits_at, pad_id
 from concept_erasure.sae.activations import Window, cut, padded, special_ids
-from concept_erasure.sae.disentangler import Disentangler
+from concept_erasure.sae.disentangler import CHUNK_VALUES, Disentangler
 from concept_erasure.sites import Site, hook, resolve
 
 __all__ = [
@@ -237,6 +237,7 @@ def attributions(
     places: Mapping[str, Site],
     rows: Sequence[Encoded],
     *,
+    linear: bool = False,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> Attributed:
@@ -251,6 +252,7 @@ def attributions(
         dictionaries: By site.
         places: Where their activations are.
         rows: Texts whose supervised tokens are the answers, see `saying` and `answering`.
+        linear: Attribute the linear coefficient ``d_f . x``, which a projection takes away, in place of the code z_f.
         batch_size: Texts of a pass.
         progress: Whether to show a bar.
     """
@@ -275,7 +277,7 @@ def attributions(
                 rows_x, rows_g = (v.reshape(*kept.shape, v.shape[-1])[kept] for v in (x, g))
                 back = dis.W_dec.to(device).T
                 of_text = torch.zeros(len(kept), dis.n, dtype=torch.float32, device=device)
-                for at, z in dis.chunks(rows_x):
+                for at, z in _coefficients(dis, rows_x, linear):
                     added = (z * (rows_g[at].to(dis.dtype) @ back)).float()
                     of_text.index_add_(0, text[at], added)
                 sums[name] += of_text.sum(0)
@@ -288,6 +290,17 @@ def attributions(
         for held in (sums, squares)
     )
     return Attributed(mean, square, answers)
+
+
+def _coefficients(dis: Disentangler, x: Tensor, linear: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the rows of x and their codes, or their linear coefficients."""
+    if not linear:
+        yield from dis.chunks(x)
+        return
+    back, step = dis.W_dec.to(x.device).T, max(1, CHUNK_VALUES // dis.n)
+    for start in range(0, len(x), step):
+        where = slice(start, start + step)
+        yield where, x[where].to(dis.dtype) @ back
 
 
 def _gradients(

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from concept_erasure.errors import ShapeError
 from concept_erasure.linalg import statistics_dtype
-from concept_erasure.sae._places import post_norm
+from concept_erasure.sae._places import one_site, post_norm
 from concept_erasure.sae.disentangler import Disentangler
-from concept_erasure.sites import find_sites
+from concept_erasure.sites import Site, as_out_in, find_sites
 
 __all__ = ["Lists", "Screen", "Unembedding", "exact_lists", "screen", "token_lists", "written"]
 
@@ -94,6 +94,8 @@ def written(
 ) -> Tensor:
     """Return what the final norm makes of decoder rows, without its bias, shape ``(m, d)``, float32.
 
+    A row of a dictionary of neurons (``value.9``) counts as what the MLP writes for it, its down projection's product.
+
     Args:
         model: The model; a final norm that cannot be found counts as none.
         dis: The dictionary.
@@ -106,6 +108,11 @@ def written(
     rows = dis.W_dec if latents is None else dis.W_dec[latents.to(dis.device)]
     parameter = next(model.parameters())
     rows = rows.to(parameter.device, torch.float32)
+    neurons = _neurons(model, dis)
+    if neurons is not None:
+        module = model.get_submodule(neurons.module)
+        weight = as_out_in(module, cast("Tensor", module.weight).detach())
+        rows = nn.functional.normalize(rows @ weight.to(rows).T, dim=1)
     if gain is not None:
         rows = rows * gain.to(rows)
     place = find_sites(model).get("norm.final")
@@ -129,8 +136,16 @@ def lens_gain(model: nn.Module, dis: Disentangler) -> Tensor | None:
     """Return the gain ``(d,)`` of the norm that a dictionary's vectors still have to pass; None if there is none."""
     if dis.after_post_norm or not dis.site:
         return None
-    found = post_norm(model, dis.site)
+    neurons = _neurons(model, dis)
+    site = dis.site if neurons is None else neurons.name.replace("value.", "mlp.")
+    found = post_norm(model, site)
     return None if found is None else found[1]
+
+
+def _neurons(model: nn.Module, dis: Disentangler) -> Site | None:
+    """Return the site of a dictionary if its vectors are activations of an MLP's neurons."""
+    place = one_site(model, dis.site) if dis.site else None
+    return place if place is not None and place.kind == "value" else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The three methods of the family pass the battery for erasers of models, on a tiny model that was taught a concept."""
+"""The methods of the family pass the battery for erasers of models, on a tiny model that was taught a concept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sae.embedding import EmbeddingEditEraser
 from concept_erasure.sae.gate import SaeGateEraser
 from concept_erasure.sae.pisces import PiscesEraser
+from concept_erasure.sae.projection import LatentProjectionEraser
 from concept_erasure.testing import CheckFailed, ModelEraserBattery
 from tests.language.test_registered import FORGET, RETAIN, concept, logits, taught
 from tests.models import TinyTokenizer, tiny
@@ -39,6 +40,16 @@ def pisces(model: nn.Module, seed: int) -> ModelEraser:
     )  # fmt: skip
 
 
+def projection(model: nn.Module, seed: int) -> ModelEraser:
+    rows = torch.linalg.qr(torch.randn(48, 6, generator=torch.Generator().manual_seed(seed))).Q.T
+    zeros, site = torch.zeros(6), "value.1"
+    own = Disentangler(rows.T.clone(), zeros, rows, torch.zeros(48), zeros, site=site)
+    return LatentProjectionEraser.fit(
+        model, TinyTokenizer(), concept(), disentanglers=own, features=[Chosen(site, 0), Chosen(site, 3)],
+        strength=1.5, seed=seed,
+    )  # fmt: skip
+
+
 def embedding(model: nn.Module, seed: int) -> ModelEraser:
     return EmbeddingEditEraser.fit(model, TinyTokenizer(), concept(), seed=seed)
 
@@ -55,7 +66,12 @@ def outputs(model: nn.Module) -> Tensor:
     return made
 
 
-FITS = {"pisces": pisces, "embedding-edit": embedding, "sae-gate": gate}
+FITS = {
+    "pisces": pisces,
+    "latent-projection": projection,
+    "embedding-edit": embedding,
+    "sae-gate": gate,
+}
 BATTERIES = {
     name: ModelEraserBattery(
         METHODS[name], fit=fit, model=taught, other=lambda: tiny("llama", seed=7), outputs=outputs,
