@@ -72,10 +72,29 @@ def test_pisces_gives_what_python_gives(folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(made.tensors()[name], value)
 
 
+def test_a_projection_of_neurons(folder: Path, tmp_path: Path) -> None:
+    model, _ = _cli_data.load_model(str(folder / "model"))
+    width = model.model.layers[0].mlp.down_proj.in_features
+    dis = orthonormal(width=width, site="value.0").to(dtype=torch.float32)
+    dis.save_pretrained(tmp_path / "dis")
+    FeatureTable((Feature("value.0", 3), Feature("value.0", 4)), "orla").save(tmp_path / "features")
+    options = ("--option", f"disentanglers={tmp_path / 'dis'}", f"features={tmp_path / 'features'}")
+    out = ("--out", tmp_path / "e")
+    assert run(*base(folder, "latent-projection"), *options, "strength=2", *out) == 0
+    made = Eraser.from_pretrained(tmp_path / "e")
+    assert made.config.features == (("value.0", 3), ("value.0", 4))  # type: ignore[attr-defined]
+    assert made.config.strength == 2  # type: ignore[attr-defined]
+    basis, rows = made.tensors()["value.0.basis"], dis.W_dec[[3, 4]]
+    torch.testing.assert_close(basis @ basis.T @ rows.T, rows.T)
+
+
 def test_a_missing_dictionary_is_asked_for(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for method, option in (("pisces", "disentanglers"), ("sae-gate", "disentangler")):
+    needs = {
+        "pisces": "disentanglers", "latent-projection": "disentanglers", "sae-gate": "disentangler"
+    }  # fmt: skip
+    for method, option in needs.items():
         assert run(*base(folder, method), "--out", tmp_path / "e") == 2
         assert f"as the option {option!r}" in capsys.readouterr().err
 
