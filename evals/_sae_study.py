@@ -209,7 +209,7 @@ class SaeStudy:
         s = self.settings
         linear = route != "Matryoshka"  # a projection takes the linear coefficient away
         what = [
-            "efficiency, linear" if linear else "efficiency, all levels",
+            f"efficiency beyond what neighbours change{', linear' if linear else ''}",
             route,
             self.digest(one, route),
             s.features,

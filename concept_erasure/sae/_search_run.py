@@ -182,8 +182,9 @@ class Run:
     def _efficiency(self, found: dict[str, dict[str, Tensor]]) -> None:
         """Add what latents add to the concept's answers, for what they are worth to other text.
 
-        ``(a_f - a_near,f) / sqrt(F_f + median F)`` with a in nats an answer and F the Fisher information a token of
-        other text. The median keeps latents that do nearly nothing anywhere from the top.
+        ``sign(a_f) max(|a_f| - |a_near,f|, 0) / sqrt(F_f + median F)`` with a in nats a token of answers and F the
+        Fisher information a token of other text. What neighbours' answers lose counts against a latent, and so does
+        what they would gain. The median keeps latents that do nearly nothing anywhere from the top.
         """
         length = self.options.max_length
         mine, near = (
@@ -194,7 +195,8 @@ class Run:
         cost = self._attributed(other).square
         for site in self.known:
             floor = cost[site].median().clamp_min(torch.finfo(torch.float32).eps)
-            gain = mine.mean[site] - near.mean[site]
+            own, beside = mine.mean[site], near.mean[site]
+            gain = own.sign() * (own.abs() - beside.abs()).clamp_min(0)
             found[site] |= {"answers": gain, "fisher": cost[site]}
             found[site]["efficiency"] = gain / (cost[site] + floor).sqrt()
 

@@ -126,6 +126,12 @@ def test_efficiency_finds_what_answers_need_with_its_direction(one: Planted) -> 
     assert len(set(first) & set(one.truth)) >= len(one.truth) // 2
     assert all(got[index] == side for index, side in one.truth.items() if index in first)
     assert all(f.scores["fisher"] >= 0 and f.scores["efficiency"] != 0 for f in table)
+    # what neighbours need as much is not the concept's, and neither is what works against them
+    with pytest.warns(ErasureWarning, match="no latent"):
+        none = search(
+            one, scorers=["efficiency"], vote=1, answers=answers, near_answers=answers, filters=None
+        )
+    assert len(none) == 0
     with pytest.raises(ValueError, match="efficiency needs answers="):
         search(one, scorers=["efficiency"], vote=1)
     with pytest.raises(ValueError, match="has no token"):
