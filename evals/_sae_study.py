@@ -22,6 +22,7 @@ from concept_erasure.evals._sae_study_arms import (
     Matched,
     NeutralScore,
     baseline_arms,
+    clamp_arm,
     match,
     nothing,
     pisces_arm,
@@ -52,6 +53,8 @@ __all__ = ["SaeStudy", "Settings"]
 
 logger = logging.getLogger(__name__)
 BASELINES = ("leace", "directional ablation", "elm", "rmu")
+PISCES, CLAMP, PROJECTION = "Matryoshka", "Matryoshka, codes", "semi-NMF"
+STARTS = {CLAMP: 16.0, PROJECTION: 1.0}  # strengths to try first
 MATCHING = 40  # neutral sentences that strengths are matched on
 
 
@@ -61,7 +64,7 @@ class Settings:
 
     Attributes:
         sites: MLPs whose outputs a Matryoshka dictionary is trained on, and whose neurons a semi-NMF is fitted to.
-        routes: Kinds of dictionary.
+        routes: Kinds of dictionary and of edit.
         widths: Levels of the Matryoshka dictionary.
         k: Latents that fire on a vector.
         tokens: Of the texts it is trained on.
@@ -83,7 +86,7 @@ class Settings:
     """
 
     sites: tuple[str, ...] = ("mlp.8", "mlp.12", "mlp.16")
-    routes: tuple[str, ...] = ("Matryoshka", "semi-NMF")
+    routes: tuple[str, ...] = (PISCES, CLAMP, PROJECTION)
     widths: tuple[int, ...] = (288, 576, 1152, 2304)
     k: float = 32
     tokens: int = 330_000
@@ -174,7 +177,7 @@ class SaeStudy:
     def factorised(self, one: StudyConcept) -> dict[str, Disentangler]:
         """Return the semi-NMF of the neurons on a concept's texts and on neutral ones, by site."""
         s, made = self.settings, {}
-        for site in self.sites("semi-NMF"):
+        for site in self.sites(PROJECTION):
             folder = self.folder / "dictionaries" / f"{_slug(one)}-nmf-{s.rank}-{site}"
             if (folder / "cfg.json").is_file():
                 made[site] = Disentangler.from_pretrained(folder)
@@ -190,11 +193,11 @@ class SaeStudy:
     def sites(self, route: str) -> tuple[str, ...]:
         """Return where the dictionaries of a route sit: PISCES edits what MLPs write, a projection what is read."""
         own = self.settings.sites
-        return own if route == "Matryoshka" else tuple(s.replace("mlp.", "value.") for s in own)
+        return own if route != PROJECTION else tuple(s.replace("mlp.", "value.") for s in own)
 
     def dictionaries(self, one: StudyConcept, route: str) -> dict[str, Disentangler]:
         """Return the dictionaries of a route."""
-        return self.matryoshka if route == "Matryoshka" else self.factorised(one)
+        return self.factorised(one) if route == PROJECTION else self.matryoshka
 
     def digest(self, one: StudyConcept, route: str) -> str:
         """Return a short hash of the dictionaries' tensors, part of the name of whatever is made with them."""
@@ -207,10 +210,10 @@ class SaeStudy:
     def features(self, one: StudyConcept, route: str) -> FeatureTable:
         """Return the concept's latents, at most so many a site: the most efficient on the questions to tune on."""
         s = self.settings
-        linear = route != "Matryoshka"  # a projection takes the linear coefficient away
+        linear = route == PROJECTION  # which takes the linear coefficient away
         what = [
             f"efficiency beyond what neighbours change{', linear' if linear else ''}",
-            route,
+            "semi-NMF" if linear else "Matryoshka",
             self.digest(one, route),
             s.features,
             s.texts,
@@ -370,11 +373,11 @@ class SaeStudy:
     def tau(self, one: StudyConcept, route: str, features: FeatureTable) -> tuple[float, float]:
         """Return the tau at which the answers to tune on are least likely, and its strength, at the largest KL.
 
-        A projection has no tau, and begins with strength 1.
+        Only PISCES has a tau.
         """
         names = [feature.name for feature in features]
-        if route != "Matryoshka":
-            return 0.0, 1.0
+        if route in STARTS:
+            return 0.0, STARTS[route]
         mark = self._hash([route, self.digest(one, route), names, self.settings.taus])
         path = self.folder / "tau" / f"{_slug(one)}-{mark}.json"
         if path.is_file():
@@ -398,7 +401,9 @@ class SaeStudy:
     ) -> Arm:
         known = self.dictionaries(one, route)
         used = {site: known[site] for site in features.sites}
-        if route != "Matryoshka":
+        if route == CLAMP:
+            return clamp_arm(self.model, used, features, name=route, start=start)
+        if route == PROJECTION:
             return projection_arm(
                 self.model, self.tokenizer, one.concept, used, features, name=route, start=start
             )
@@ -427,7 +432,7 @@ class SaeStudy:
             return study_report(rows, Path(out), meta=record, notes=notes, picture=picture)
 
         # what needs no long training comes first
-        routes = sorted(self.settings.routes, key=lambda route: route == "Matryoshka")
+        routes = sorted(self.settings.routes, key=lambda route: route != PROJECTION)
         parts: list[_Part] = [
             lambda one: [(self.row(one, {"arm": "no edit"}, _no_edit, 0.0), _no_edit)]
         ]

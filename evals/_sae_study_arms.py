@@ -28,6 +28,7 @@ from concept_erasure.linear.mean_projection import MeanProjectionEraser
 from concept_erasure.sae.disentangler import Disentangler
 from concept_erasure.sae.pisces import PiscesEraser
 from concept_erasure.sae.projection import LatentProjectionEraser
+from concept_erasure.sae.search import FeatureTable
 from concept_erasure.sites import resolve
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Matched",
     "NeutralScore",
     "baseline_arms",
+    "clamp_arm",
     "match",
     "pisces_arm",
     "projection_arm",
@@ -183,6 +185,40 @@ def pisces_arm(
         return eraser.apply(model)
 
     return Arm(name, applied, start)
+
+
+def clamp_arm(
+    model: nn.Module,
+    disentanglers: dict[str, Disentangler],
+    features: FeatureTable,
+    *,
+    name: str,
+    start: float = 16.0,
+) -> Arm:
+    """Return hooks that take the codes of latents out of the activations, ``x - s sum_f +-z_f(x) d_f``; s the knob.
+
+    The same latents as PISCES edits in the weights: what it does tells wrong latents from a wrong edit.
+    """
+    held: dict[str, dict[int, int]] = {}
+    for one in features:
+        held.setdefault(one.site, {})[one.index] = one.direction
+
+    def applied(strength: float) -> AbstractContextManager[object]:
+        patches = []
+        for site, signs in held.items():
+            dis, latents = disentanglers[site], torch.tensor(list(signs))
+            rows = dis.W_dec[latents] * torch.tensor(list(signs.values()))[:, None]
+
+            def shift(
+                x: Tensor, dis: Disentangler = dis, latents: Tensor = latents, rows: Tensor = rows
+            ) -> Tensor:
+                z = dis.encode(x, latents.to(x.device))
+                return x - (strength * (z @ rows.to(z))).to(x.dtype)
+
+            patches.append(HookPatch(resolve(model, site)[0], shift))
+        return Edit(model, patches, label=f"{name} {strength}")
+
+    return Arm(name, applied, start, most=2000.0)
 
 
 def projection_arm(

@@ -9,8 +9,9 @@ Three scores say whether a latent f is about the concept, each with its own blin
 - attribution: what it does. Mean of ``z_f (d_f . grad log p(answer))`` over the places where texts say T+, less the
   same for T- where other texts say those; to first order, the nats it adds.
 - efficiency, for who has questions: what it adds to right answers about the concept, less what it changes, up or down,
-  in those about neighbours, over the root of what it is worth to other text. Editing latents moves answers to first order and the divergence on
-  other text to second, so this ranks latents by nats of answer lost at equal divergence. Not among the default.
+  in those about neighbours, over the root of what it is worth to other text. Editing latents moves answers to first
+  order and the divergence on other text to second, so this ranks latents by nats of answer lost at equal divergence.
+  Not among the default.
 
 A latent that is among the best of at least two is a candidate. Then it is edited alone: it is dropped unless T+ falls,
 and if T- falls, if neutral text moves, or if it never fires on the concept. Levels of a Matryoshka dictionary are

@@ -14,7 +14,7 @@ from concept_erasure.concept import Concept
 from concept_erasure.errors import FormatError
 from concept_erasure.evals import _sae_study
 from concept_erasure.evals._sae_study import SaeStudy, Settings
-from concept_erasure.evals._sae_study_arms import Arm, NeutralScore, match
+from concept_erasure.evals._sae_study_arms import Arm, NeutralScore, clamp_arm, match
 from concept_erasure.evals._sae_study_data import (
     load_study_concept,
     read_texts,
@@ -80,6 +80,37 @@ def test_the_whole_study_runs_and_a_second_run_reads_what_is_finished(
         monkeypatch.setattr(_sae_study, name, never)
     again = study(tmp_path).run(tmp_path / "out")
     assert again.rows == report.rows
+
+
+def test_the_codes_of_a_dictionary_are_taken_out_of_activations() -> None:
+    from concept_erasure.sae.disentangler import Disentangler
+    from concept_erasure.sae.search import Feature, FeatureTable
+
+    model, rows = taught(), torch.eye(32)[:6]
+    dis = Disentangler(
+        rows.T.clone(), torch.zeros(6), rows, torch.zeros(32), torch.zeros(6), site="mlp.1"
+    )
+    table = FeatureTable((Feature("mlp.1", 0), Feature("mlp.1", 3, -1)))
+    arm = clamp_arm(model, {"mlp.1": dis}, table, name="codes")
+    seen: dict[str, torch.Tensor] = {}
+
+    def read(name: str) -> torch.Tensor:
+        handle = model.get_submodule("model.layers.1").register_forward_hook(
+            lambda _, __, out: seen.__setitem__(name, out[0] if isinstance(out, tuple) else out)
+        )
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3, 4]]))
+        handle.remove()
+        return seen[name]
+
+    before = read("before")
+    with arm.applied(0.0):
+        assert torch.equal(read("none"), before)
+    with arm.applied(1.0):
+        moved = before - read("edited")
+    assert bool((moved[..., 0] >= 0).all()) and bool((moved[..., 3] <= 0).all())
+    assert float(moved[..., [0, 3]].abs().max()) > 0
+    torch.testing.assert_close(moved[..., 4:], torch.zeros_like(moved[..., 4:]), atol=1e-6, rtol=0)
 
 
 class Quadratic:
