@@ -80,21 +80,20 @@ def fit_pipe(command: Fit) -> None:
         if (value := getattr(command, option)) is not None
     }
     given = given_options(command.option)
-    if entry.family == "linear":
-        # its sentences are not the fit's own options
-        for option in ("templates", "rule", "batch_size"):
-            for held in (named, given):
-                if option in held:
-                    lists[option] = held.pop(option)
-        options = fit_options(name, kind, named, given)
-        pipe = load_pipe(command.pipe or "", command.device)
-        from concept_erasure.diffusion.labelled import named_representations
+    projects = entry.family == "linear"
+    if projects:
+        from concept_erasure.diffusion.labelled import SENTENCES, named_representations
 
-        eraser = kind.fit(named_representations(pipe, **lists), **{**entry.options, **options})
+        if "batch_size" in named and "batch_size" in given:
+            raise ValueError(f"the option 'batch_size' of {name!r} is given twice")
+        for held in (named, given):  # how sentences are made is no option of the fit
+            lists |= {option: held.pop(option) for option in SENTENCES if option in held}
+    options = {**entry.options, **fit_options(name, kind, named, given)}
+    pipe = load_pipe(command.pipe or "", command.device)
+    if projects:
+        eraser = kind.fit(named_representations(pipe, **lists), **options)
     else:
-        options = fit_options(name, kind, named, given)
-        pipe = load_pipe(command.pipe or "", command.device)
-        eraser = kind.fit(pipe, **{**entry.options, **lists, **options})
+        eraser = kind.fit(pipe, **lists, **options)
     eraser.save_pretrained(command.out)
     announce(eraser, command.out)
 

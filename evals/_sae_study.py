@@ -233,9 +233,7 @@ class SaeStudy:
         )  # fmt: skip
         # over all levels: the table's own order has the general ones first
         best = sorted(found, key=lambda feature: -abs(feature.scores["efficiency"]))
-        if (
-            linear
-        ):  # which has no sign to turn: what speaks against the answers would stay away, too
+        if linear:  # a projection has no sign to turn: what speaks against the answers has to stay
             best = [feature for feature in best if feature.direction > 0]
         kept: list[Feature] = []
         for site in self.sites(route):
@@ -375,9 +373,9 @@ class SaeStudy:
 
         Only PISCES has a tau.
         """
-        names = [feature.name for feature in features]
         if route in STARTS:
             return 0.0, STARTS[route]
+        names = [feature.name for feature in features]
         mark = self._hash([route, self.digest(one, route), names, self.settings.taus])
         path = self.folder / "tau" / f"{_slug(one)}-{mark}.json"
         if path.is_file():

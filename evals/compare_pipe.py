@@ -23,7 +23,7 @@ from torch import Tensor
 from concept_erasure import registry
 from concept_erasure.diffusion.core import text_gram
 from concept_erasure.diffusion.encode import TextEncoder
-from concept_erasure.diffusion.labelled import named_representations
+from concept_erasure.diffusion.labelled import SENTENCES, named_representations
 from concept_erasure.diffusion.maps import TextMap, module_at, text_maps
 from concept_erasure.diffusion.reach import certificate
 from concept_erasure.diffusion.wording import names_of, one_each
@@ -45,7 +45,7 @@ OTHERS = (
 )  # fmt: skip
 TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a painting of {}")
 KINDS = ("key", "value", "context")
-_NAMES = ("erase", "anchor", "preserve", "templates", "rule", "batch_size")
+_NAMES = ("erase", "anchor", "preserve", *SENTENCES)
 
 
 @dataclass(frozen=True, kw_only=True)

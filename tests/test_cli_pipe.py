@@ -305,6 +305,8 @@ def test_mistakes_name_the_flag(tmp_path: Path, folder: Path, capsys: Capture) -
     fails(capsys, *projection, "--preserve", "monet", "dog", word="monet")
     fails(capsys, *projection, "--anchor", "art", "--option", "rule=nosuch", word="token rule")
     fails(capsys, *projection, "--anchor", "art", "--option", "lam=1", word="no option 'lam'")
+    twice = ("--batch-size", "3", "--option", "batch_size=2")
+    fails(capsys, *projection, "--anchor", "art", *twice, word="'batch_size' of 'leace' is given")
     fails(capsys, *base, *LISTS, "--method", "nosuch", word="no method 'nosuch'")
     fails(capsys, *base, *LISTS, "--option", "eta=3", word="no option 'eta'; it has: ")
     fails(capsys, *base, *LISTS, "--option", "lam", word="NAME=VALUE")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from concept_erasure.collect import Representations
 from concept_erasure.diffusion.encode import TextEncoder, text_representations
@@ -13,7 +15,13 @@ from concept_erasure.diffusion.templates import templates_for
 from concept_erasure.diffusion.tokens import TokenRule
 from concept_erasure.diffusion.wording import names_of, one_each, refuse_overlap
 
-__all__ = ["named_representations"]
+__all__ = ["SENTENCES", "named_representations"]
+
+SENTENCES = (
+    "templates",
+    "rule",
+    "batch_size",
+)  # options of the sentences, beside the lists of names
 
 
 def named_representations(
@@ -48,7 +56,7 @@ def named_representations(
         ValueError: If there is nothing that stays, a name is in both lists, or a template has no place for a name.
     """
     names = names_of(erase, "erase")
-    kept = [] if preserve is None else names_of(preserve, "preserve") if len(preserve) else []
+    kept = names_of(preserve, "preserve") if preserve else []
     refuse_overlap(names, kept)
     rest = list(dict.fromkeys([*filter(str.strip, one_each(anchor, names)), *kept]))
     if not rest:
@@ -66,5 +74,4 @@ def named_representations(
     )
     number = [*range(1, len(names) + 1), *[0] * len(rest)]
     labels = torch.tensor(number).repeat_interleave(len(sentences))
-    owner = torch.zeros(0, dtype=torch.long) if found.rows is None else found.rows.cpu()
-    return replace(found, z=labels[owner].to(found.x.device))
+    return replace(found, z=labels[cast("Tensor", found.rows).cpu()].to(found.x.device))

@@ -78,10 +78,18 @@ def templates_for(
         encoder: The text side of the pipeline.
         names: Names that are put in.
         given: The user's own; one that is too long is refused when it is encoded.
+
+    Raises:
+        ValueError: If a name alone is too long, or a given template has no place for one.
     """
     if given is not None:
         return check_templates(given)
-    return tuple(t for t in TEMPLATES if all(encoder.fits(t.format(name)) for name in names))
+    made = tuple(t for t in TEMPLATES if all(encoder.fits(t.format(name)) for name in names))
+    if not made:
+        raise ValueError(
+            f"a name is too long for the text encoder: {max(names, key=len)!r}; shorten it"
+        )
+    return made
 
 
 def template_pairs(

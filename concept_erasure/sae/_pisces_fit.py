@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from concept_erasure.edit import check_writable
 from concept_erasure.errors import ErasureWarning, SiteNotFoundError
 from concept_erasure.sae._pisces_edit import Change, Layer, read_layer, value_weight
 from concept_erasure.sae._places import named_site, one_site
-from concept_erasure.sae.disentangler import Disentangler
+from concept_erasure.sae.disentangler import Disentangler, by_site
 from concept_erasure.sites import find_sites, hook
 
 __all__ = [
@@ -60,21 +59,14 @@ def dictionaries(
         ValueError: If there is none, or one does not sit at an MLP, or elsewhere than its key says.
         SiteNotFoundError: If the model has no such site.
     """
-    if isinstance(given, Disentangler):
-        given = {given.site: given}
-    if not given:
-        raise ValueError("no dictionaries are given; train one, or see ce.sae.semi_nmf")
-    made: dict[str, Disentangler] = {}
-    for key, dis in given.items():
-        site = named_site(model, key, dis.site)
-        if site.kind != "mlp":
+    made = by_site(model, given)
+    for name in made:
+        kind = one_site(model, name).kind
+        if kind != "mlp":
             raise ValueError(
-                f"the dictionary {key!r} sits at {site.name!r}, a {site.kind}; value vectors write at an MLP's "
-                "output, such as 'mlp.9'"
+                f"a dictionary sits at {name!r}, a {kind}; value vectors write at an MLP's output, such as 'mlp.9' "
+                "(for one of neurons see LatentProjectionEraser)"
             )
-        if site.name in made:
-            raise ValueError(f"two dictionaries sit at {site.name!r}; choose one")
-        made[site.name] = replace(dis, site=site.name).for_model(model)
     return made
 
 

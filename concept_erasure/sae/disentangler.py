@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from concept_erasure.errors import ShapeError
-from concept_erasure.sae._places import one_site, post_norm
+from concept_erasure.sae._places import named_site, one_site, post_norm
 from concept_erasure.sites import width_at
 
-__all__ = ["Disentangler", "Firing", "normalise", "post_norm"]
+__all__ = ["Disentangler", "Firing", "by_site", "normalise", "post_norm"]
 
 CHUNK_VALUES = 2**24  # codes of one chunk: 64 MiB in float32
 _TOLERANCE = 2e-2  # of a row's norm; bfloat16 rounds to 4e-3
@@ -459,3 +459,34 @@ def _check_shapes(made: Disentangler) -> None:
             f"the rows of W_dec must have norm 1; got norms of {float(norms.min()):.3g} to "
             f"{float(norms.max()):.3g}: fold them into the encoder with normalise()"
         )
+
+
+def by_site(
+    model: nn.Module,
+    given: Disentangler
+    | Mapping[str, Disentangler]
+    | Mapping[int, Disentangler]
+    | Mapping[int | str, Disentangler],
+) -> dict[str, Disentangler]:
+    """Return dictionaries by the name of their site, with post-norm gains filled in.
+
+    Args:
+        model: The model.
+        given: One, or several by layer or site.
+
+    Raises:
+        ValueError: If there is none, two sit at one site, or one sits elsewhere than its key says.
+        SiteNotFoundError: If the model has no such site.
+        ShapeError: If a dictionary is for another model.
+    """
+    if isinstance(given, Disentangler):
+        given = {given.site: given}
+    if not given:
+        raise ValueError("no dictionaries are given; train one, or see ce.sae.semi_nmf")
+    made: dict[str, Disentangler] = {}
+    for key, dis in given.items():
+        site = named_site(model, key, dis.site).name
+        if site in made:
+            raise ValueError(f"two dictionaries sit at {site!r}; choose one")
+        made[site] = replace(dis, site=site).for_model(model)
+    return made

@@ -2,15 +2,15 @@
 
     W <- W (I - s Q Q^T)        Q an orthonormal basis of the latents' decoder rows
 
-for every linear module that reads the site. At ``value.9``, the activations of the ninth MLP's neurons, a decoder row
-is a combination of neurons, and what these would write together is no longer written; no other combination changes.
+for every linear module that reads the site. At ``value.9``, the activations of the neurons of layer 9's MLP, a decoder
+row is a combination of neurons, and what these would write together is no longer written; what is orthogonal to the
+rows is read as before.
 ``s = 1`` takes it away, more writes the opposite, as mu does in PISCES.
 
 The factorisation of neurons is that of Shafran, Geiger and Geva 2025 (arXiv:2506.10920), the projection that of EMBER's
 companion without a sparse autoencoder (Suslik et al. 2026, arXiv:2606.03695: ``W -= delta f f^T W``), which takes f
-off what an MLP writes. Taking it off what is read, at the neurons, is ours: there are more of them than the residual
-stream has dimensions, so that a combination of them says less else. So is finding latents by their efficiency on
-questions (`find_features`).
+off what an MLP writes. Taking it off what is read, at the neurons, is ours, and so is finding latents by their
+efficiency on questions (`find_features`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from concept_erasure.language.eraser import LanguageConfig, LanguageEraser
 from concept_erasure.linalg import statistics_dtype
 from concept_erasure.patches import check_writable
 from concept_erasure.sae._pisces_fit import Selected, grouped
-from concept_erasure.sae._places import named_site
 from concept_erasure.sae._sparse_eraser import SparseEraser, check_no_edits
-from concept_erasure.sae.disentangler import Disentangler
+from concept_erasure.sae.disentangler import Disentangler, by_site
 from concept_erasure.sae.search import Search, find_features
 from concept_erasure.sites import Site, Space, as_out_in, model_id, resolve
 
@@ -111,12 +110,13 @@ class LatentProjectionEraser(SparseEraser):
             concept: What to erase.
             disentanglers: A dictionary, or several by site, where only linear modules read: ``value.N`` (see
                 `semi_nmf`), or ``norm1.N`` and ``norm2.N``.
-            features: Latents to take away, whatever their direction; default those that `find_features` finds.
+            features: Latents to take away, whatever their direction; default those for the concept that
+                `find_features` finds: what speaks against it has to stay.
             strength: s; 1 is a projection, more overshoots.
             top: Latents of a site at most, if they are looked for.
-            answers: Prompts and right answers about the concept: then latents are found by efficiency on them alone.
-                Keep others to measure on.
-            near_answers: Likewise about its neighbours, which must stay.
+            answers: Prompts and right answers about the concept, to find latents by efficiency on them alone. Keep
+                others to measure on.
+            near_answers: Likewise about its neighbours, which must stay; with ``answers`` only.
             forget_texts: Texts of the concept; default its own, or the model's samples.
             retain_texts: Texts to keep; default likewise.
             seed: Of everything random.
@@ -132,6 +132,10 @@ class LatentProjectionEraser(SparseEraser):
             SiteNotFoundError: If a site does not exist.
         """
         check_no_edits(model)
+        if (features is not None and answers) or (near_answers and not answers):
+            raise ValueError(
+                "answers= are what latents are looked for with: leave features= out to look; near_answers= go with them"
+            )
         known = _dictionaries(model, disentanglers)
         if features is None:
             features = _found(
@@ -212,12 +216,14 @@ class LatentProjectionEraser(SparseEraser):
         now, then = weight @ basis.to(weight), read.to(weight)
         held = cast("Tensor", model.get_submodule(path).weight)
         eps = max(torch.finfo(one.dtype).eps for one in (held, read))
-        slack = _ROUGH * eps * torch.linalg.vector_norm(weight)
-        away = [torch.linalg.vector_norm(now - part * then) for part in (1, 1 - self.strength)]
-        if away[0] <= slack:
-            return then
-        if away[1] <= slack:
-            return torch.zeros_like(then)
+        # roundings of m entries have this much of their norm along k directions
+        share = (basis.shape[1] / basis.shape[0]) ** 0.5
+        slack = float(_ROUGH * eps * share * torch.linalg.vector_norm(weight))
+        before, after = (
+            float(torch.linalg.vector_norm(now - part * then)) for part in (1, 1 - self.strength)
+        )
+        if min(before, after) <= slack:
+            return then if before < after else torch.zeros_like(then)
         raise EditError(
             f"{path!r} holds neither what it held at the fit nor the edit: something else changed it. Undo that, or "
             "fit again"
@@ -265,21 +271,11 @@ def _dictionaries(
         ValueError: If there is none, or there are two at one site.
         SiteNotFoundError: If the model has no such site.
     """
-    if isinstance(given, Disentangler):
-        given = {given.site: given}
-    if not given:
-        raise ValueError("no dictionaries are given; fit one, see ce.sae.semi_nmf")
-    made: dict[str, Disentangler] = {}
-    for key, dis in given.items():
-        site = named_site(model, key, dis.site).name
+    made = by_site(model, given)
+    for site, dis in made.items():
         width = _weight(model, _readers(model, site)[0]).shape[1]
         if width != dis.d:
-            raise ShapeError(
-                f"{site!r} has width {width}; the dictionary {key!r} has width {dis.d}"
-            )
-        if site in made:
-            raise ValueError(f"two dictionaries sit at {site!r}; choose one")
-        made[site] = replace(dis, site=site)
+            raise ShapeError(f"{site!r} has width {width}; its dictionary has width {dis.d}")
     return made
 
 
@@ -310,19 +306,18 @@ def _found(
     near_answers: Sequence[tuple[str, str]],
     **options: Any,  # noqa: ANN401
 ) -> list[Selected]:
-    """Return the latents that `find_features` finds; by efficiency those that answers need, not those against."""
+    """Return the best latents of each site that `find_features` finds, without those that speak against the concept."""
+    if answers:
+        options |= {
+            "scorers": ("efficiency",), "vote": 1, "filters": None, "answers": answers, "near_answers": near_answers,
+        }  # fmt: skip
     given: dict[int | str, Disentangler] = dict(known.items())
-    if not answers:
-        return list(find_features(model, tokenizer, given, concept, top=top, **options))
-    table = find_features(
-        model, tokenizer, given, concept, scorers=("efficiency",), vote=1, top=top, filters=None,
-        answers=answers, near_answers=near_answers, options=Search(linear=True), **options,
-    )  # fmt: skip
-    best = sorted(table, key=lambda one: -one.scores["efficiency"])
-    made: list[Selected] = []
-    for site in known:
-        made += [one for one in best if one.site == site and one.scores["efficiency"] > 0][:top]
-    return made
+    linear = Search(linear=True)
+    table = find_features(model, tokenizer, given, concept, top=top, options=linear, **options)
+    found = [one for one in table if one.direction > 0]
+    if answers:  # over all levels: the table's own order has the general ones first
+        found.sort(key=lambda one: -one.scores["efficiency"])
+    return [one for site in known for one in [f for f in found if f.site == site][:top]]
 
 
 def _basis(rows: Tensor) -> Tensor:

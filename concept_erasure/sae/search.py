@@ -29,7 +29,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,11 +42,10 @@ from concept_erasure.errors import ErasureWarning
 from concept_erasure.language._texts import forget_and_retain
 from concept_erasure.sae._concept_tokens import concept_tokens
 from concept_erasure.sae._features import Feature, FeatureTable
-from concept_erasure.sae._places import named_site
 from concept_erasure.sae._search_filters import Filters
 from concept_erasure.sae._search_run import Judge, Run, Search
 from concept_erasure.sae._sparse_eraser import check_no_edits
-from concept_erasure.sae.disentangler import Disentangler
+from concept_erasure.sae.disentangler import Disentangler, by_site
 from concept_erasure.sites import fingerprint, model_id
 
 __all__ = ["Feature", "FeatureTable", "Filters", "Scorer", "Search", "find_features"]
@@ -121,7 +120,7 @@ def find_features(  # noqa: PLR0913 options are spelled out
     """
     _check(scorers, vote, top, answers)
     check_no_edits(model)
-    known = _known(model, disentanglers)
+    known = by_site(model, disentanglers)
     forget, retain = forget_and_retain(
         model, tokenizer, concept, forget_texts, retain_texts, seed=seed, cache_dir=cache_dir
     )
@@ -162,23 +161,6 @@ def _check(
         )
     if top < 1:
         raise ValueError(f"top must be at least 1; got {top}")
-
-
-def _known(
-    model: nn.Module, given: Disentangler | Mapping[int | str, Disentangler]
-) -> dict[str, Disentangler]:
-    """Return dictionaries by the name of their site, with post-norm gains filled in."""
-    if isinstance(given, Disentangler):
-        given = {given.site: given}
-    if not given:
-        raise ValueError("no dictionaries are given; train one, or see ce.sae.semi_nmf")
-    made: dict[str, Disentangler] = {}
-    for key, dis in given.items():
-        site = named_site(model, key, dis.site).name
-        if site in made:
-            raise ValueError(f"two dictionaries sit at {site!r}; search them one after the other")
-        made[site] = replace(dis, site=site).for_model(model)
-    return made
 
 
 def _near(tokenizer: Any, concept: Concept, words: Sequence[str]) -> tuple[int, ...]:  # noqa: ANN401

@@ -286,6 +286,8 @@ def test_templates_that_are_too_long_are_left_out_unless_asked_for() -> None:
     assert all(encoder.fits(t.format(name.strip())) for t in kept)
     with pytest.raises(ValueError, match="Shorten it"):
         named_representations(pipe, name.strip(), anchor="art", templates=TEMPLATES)
+    with pytest.raises(ValueError, match="a name is too long"):
+        named_representations(pipe, name * 2, anchor="art")
 
 
 def test_names_that_cannot_be_told_apart_are_refused() -> None:

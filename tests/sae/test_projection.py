@@ -159,11 +159,34 @@ def test_a_factorisation_of_neurons_finds_what_answers_need() -> None:
         assert said() < before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_committed_it_changes_nothing_more_in_any_precision(dtype: torch.dtype) -> None:
+    """What it takes is small beside the roundings of all the weights; it must not be taken twice for that."""
+    eraser = fit(taught(), features=[Chosen(SITE, 1)], strength=0.5).with_space(None)
+    model = taught().to(dtype)
+    before = down(model)
+    eraser.apply(model).commit()
+    once = down(model)
+    assert not torch.equal(once, before)
+    with eraser.apply(model):
+        assert torch.equal(down(model), once)
+
+
+def test_by_default_what_speaks_against_the_concept_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from concept_erasure.sae import projection
+    from concept_erasure.sae.search import Feature, FeatureTable
+
+    rows = tuple(Feature(SITE, i, -1 if i == 1 else 1) for i in range(5))
+    monkeypatch.setattr(projection, "find_features", lambda *_, **__: FeatureTable(rows))
+    eraser = fit(taught(), features=None, top=3)
+    assert eraser.report["latents"] == {SITE: [0, 2, 3]}
+
+
 def test_refusals() -> None:
     model = taught()
     with pytest.raises(EditError, match=r"'mlp.1' is not read by linear modules alone.*value.9"):
         fit(model, disentanglers=dictionary("mlp.1", 32), features=[Chosen("mlp.1", 0)])
-    with pytest.raises(ShapeError, match="has width 48; the dictionary .* has width 32"):
+    with pytest.raises(ShapeError, match="48"):
         fit(model, disentanglers=dictionary(width=32))
     with pytest.raises(ValueError, match="no dictionaries"):
         fit(model, disentanglers={})
@@ -172,6 +195,13 @@ def test_refusals() -> None:
     zero = replace(dictionary(), W_dec=torch.zeros(6, WIDTH))
     with pytest.raises(ValueError, match="decoder rows of the latents are zero"):
         fit(model, disentanglers=zero)
+    for given in (
+        {"answers": PAIRS},
+        {"near_answers": PAIRS},
+        {"features": None, "near_answers": PAIRS},
+    ):
+        with pytest.raises(ValueError, match="answers= are what latents are looked for with"):
+            fit(model, **given)
     with pytest.raises(ValueError, match="strength must be a positive number"):
         fit(model, strength=-1.0)
     eraser = fit(model)
